@@ -1,0 +1,62 @@
+"""Records of evaluations: a header, a ledger of rows, and the statistics to read them.
+
+A leaf of the package: needs neither torch nor anything else of Mohs but its errors, so that a record can be
+read, compared and shown where nothing can be evaluated.
+"""
+
+from mohs.records.diff import Diff, diff
+from mohs.records.header import load_header
+from mohs.records.ledger import Ledger
+from mohs.records.record import Record
+from mohs.records.rows import CertificateRows, Examples, Results
+from mohs.records.run import Run, open_run
+from mohs.records.schema import (
+    SCHEMA_VERSION,
+    AttackSummary,
+    CertificateSummary,
+    Claim,
+    CurvePoint,
+    Data,
+    Environment,
+    Finding,
+    Header,
+    Plan,
+    Step,
+    Subject,
+    Totals,
+    Verdict,
+    identity_of,
+)
+from mohs.records.stats import clopper_pearson, lower_bound, mcnemar, upper_bound
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "AttackSummary",
+    "CertificateRows",
+    "CertificateSummary",
+    "Claim",
+    "CurvePoint",
+    "Data",
+    "Diff",
+    "Environment",
+    "Examples",
+    "Finding",
+    "Header",
+    "Ledger",
+    "Plan",
+    "Record",
+    "Results",
+    "Run",
+    "Step",
+    "Subject",
+    "Totals",
+    "Verdict",
+    "clopper_pearson",
+    "diff",
+    "identity_of",
+    "load_header",
+    "lower_bound",
+    "mcnemar",
+    "open_run",
+    "upper_bound",
+]

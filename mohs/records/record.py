@@ -1,0 +1,241 @@
+"""A record as its readers see it: accuracies, the bracket, rows and stored points."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mohs.errors import RecordError
+from mohs.records import _files, stats
+from mohs.records.header import load_header
+from mohs.records.ledger import CertificateRows, Ledger, Results
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mohs.records.schema import Header, Verdict
+
+
+class Record:
+    """What a run found. For every example: certified <= truly robust <= survived.
+
+    Counts and accuracies come from the rows of the ledger, never from the header, so that text and rows
+    cannot disagree. Everything small is read at once; points and inputs are read from disk when asked for.
+
+    Attributes:
+        dir: the run directory.
+        header: the content of ``record.json``.
+        examples: one entry per example, by position.
+    """
+
+    def __init__(self, directory: Path, header: Header, ledger: Ledger) -> None:
+        self.dir = directory
+        self.header = header
+        self.examples = ledger.examples()
+        self._results = {attack: ledger.results(attack) for attack in ledger.attacks()}
+        self._certificates = ledger.certificates()
+        self._check_rows()
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Record:
+        """Read a run directory; it is not changed and may be read-only.
+
+        Args:
+            directory: what an evaluation wrote.
+
+        Raises:
+            RecordError: there is no record, or it is damaged.
+        """
+        directory = Path(directory)
+        header = load_header(directory)
+        with Ledger.open(directory / _files.LEDGER) as ledger:
+            if ledger.identity != header.identity:
+                raise RecordError(
+                    f"{directory}: ledger and record.json belong to different runs. "
+                    "Restore the directory from a copy."
+                )
+            return cls(directory, header, ledger)
+
+    def verify(self) -> None:
+        """Compare the ledger with the digest written when the run ended.
+
+        Raises:
+            RecordError: the rows are not the ones the run wrote, or the run has not ended.
+        """
+        expected = self.header.ledger_digest
+        if expected is None:
+            raise RecordError(
+                f"{self.dir} has no digest: its run has not ended. Issue its command again to go on."
+            )
+        with self._ledger() as ledger:
+            found = ledger.digest()
+        if found != expected:
+            raise RecordError(
+                f"{self.dir}: the ledger was changed after the run (digest {found[:12]}, "
+                f"recorded {expected[:12]}). Restore it from a copy."
+            )
+
+    # ---- the bracket ---------------------------------------------------------------------------------
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return len(self.examples)
+
+    @cached_property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether the model answers the unchanged input rightly, [N]."""
+        right: NDArray[np.bool_] = self.examples.clean_label == self.examples.label
+        return right
+
+    @cached_property
+    def breaker(self) -> NDArray[np.int64]:
+        """Position in the plan of the first attack that broke each example, [N]; -1 where none did."""
+        first = np.full(self.n, -1, dtype=np.int64)
+        for attack in sorted(self._results, reverse=True):
+            rows = self._results[attack]
+            first[self._at(rows.example[rows.success])] = attack
+        return first
+
+    @cached_property
+    def survived(self) -> NDArray[np.bool_]:
+        """Whether each example was right and no attack broke it, [N]."""
+        return self.correct & (self.breaker < 0)
+
+    @cached_property
+    def certified(self) -> NDArray[np.bool_] | None:
+        """Whether some certificate proved each right answer, [N]; None when no certificate ran."""
+        if not self._certificates:
+            return None
+        proved = np.zeros(self.n, dtype=bool)
+        for rows in self._certificates.values():
+            proved[self._at(rows.example[rows.holds])] = True
+        return proved & self.correct
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of unchanged inputs answered rightly; NaN without examples."""
+        return _share(self.correct)
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Share that survived every attack tried: an upper bound on the robust accuracy."""
+        return _share(self.survived)
+
+    @property
+    def certified_accuracy(self) -> float | None:
+        """Share proved right for every change the threat allows; None when no certificate ran."""
+        return None if self.certified is None else _share(self.certified)
+
+    @property
+    def contradicted(self) -> NDArray[np.int64]:
+        """Positions of examples that are certified and broken at once: none, if certificates are sound."""
+        if self.certified is None:
+            return np.zeros(0, dtype=np.int64)
+        return np.asarray(self.examples.id[self.certified & ~self.survived], dtype=np.int64)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the run says about the claim; None without a claim or before the end."""
+        return self.header.verdict
+
+    def interval(self, what: str = "survived", alpha: float = 0.05) -> tuple[float, float]:
+        """Exact two-sided Clopper-Pearson interval of a share.
+
+        Args:
+            what: survived, correct or certified.
+            alpha: one minus the confidence.
+        """
+        chosen = {"survived": self.survived, "correct": self.correct, "certified": self.certified}.get(what)
+        if chosen is None:
+            raise RecordError(
+                f"no interval for {what!r}: allowed are survived, correct and (after a certificate "
+                "ran) certified."
+            )
+        return stats.clopper_pearson(int(chosen.sum()), self.n, alpha)
+
+    def describe(self) -> str:
+        """Say in a sentence what is known, with n, interval, threat and the words "upper bound"."""
+        if self.n == 0:
+            return f"The record {self.dir} holds no examples."
+        k, (low, high) = int(self.survived.sum()), self.interval()
+        text = (
+            f"{self.robust_accuracy:.1%} of {self.n:,} examples survived every attack under "
+            f"{self.header.threat_text}: an upper bound on robust accuracy "
+            f"({k:,} of {self.n:,}, 95% interval {low:.1%} to {high:.1%}; "
+            f"clean accuracy {self.clean_accuracy:.1%})"
+        )
+        if self.certified is not None:
+            text += f"; {self.certified_accuracy:.1%} are certified"
+        if self.header.status != "complete":
+            text += f"; the run is {self.header.status}, not complete"
+        return text + "."
+
+    # ---- rows and points -----------------------------------------------------------------------------
+
+    @property
+    def attacks(self) -> list[int]:
+        """Positions in the plan of the attacks that have rows."""
+        return list(self._results)
+
+    def results(self, attack: int) -> Results:
+        """All rows of one attack, by example."""
+        if attack not in self._results:
+            raise RecordError(f"{self.dir} has no rows of attack {attack}; it has those of {self.attacks}.")
+        return self._results[attack]
+
+    def certificates(self) -> dict[str, CertificateRows]:
+        """What each certificate proved, by name."""
+        return dict(self._certificates)
+
+    def points(
+        self, attack: int, examples: Iterable[int] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """Adversarial inputs of an attack: positions [M] and points [M, ...], of all or of some examples."""
+        with self._ledger() as ledger:
+            return ledger.points(attack, examples)
+
+    def inputs(self, examples: Iterable[int] | None = None) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """Stored clean inputs: positions [M] and inputs [M, ...], of all or of some examples."""
+        with self._ledger() as ledger:
+            return ledger.inputs(examples)
+
+    def traces(self) -> list[tuple[int, int, int, NDArray[Any]]]:
+        """The objective after each step as (attack, example, restart, values [steps])."""
+        with self._ledger() as ledger:
+            return ledger.traces()
+
+    def digest(self) -> str:
+        """Hash all rows except the seconds."""
+        with self._ledger() as ledger:
+            return ledger.digest()
+
+    def attack_name(self, attack: int) -> str:
+        """Name of an attack by its position in the plan."""
+        summaries = {s.index: s.name for s in self.header.attacks}
+        steps = self.header.plan.steps
+        return summaries.get(attack) or (steps[attack].name if attack < len(steps) else f"attack {attack}")
+
+    def _ledger(self) -> Ledger:
+        return Ledger.open(self.dir / _files.LEDGER, check=False)
+
+    def _at(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self.examples.id, ids)
+
+    def _check_rows(self) -> None:
+        known = set(self.examples.id.tolist())
+        answers: list[Any] = [*self._results.values(), *self._certificates.values()]
+        for rows in answers:
+            if set(rows.example.tolist()) - known:
+                raise RecordError(
+                    f"{self.dir}: the ledger holds results of examples it does not list; it is "
+                    "damaged. Restore it from a copy, or run the evaluation again."
+                )
+
+
+def _share(flags: NDArray[np.bool_]) -> float:
+    return float(flags.mean()) if len(flags) else float("nan")
