@@ -1,0 +1,8 @@
+"""Data sets: labelled inputs in the unit box, each example known by the hash of its content."""
+
+from __future__ import annotations
+
+from mohs.data.dataset import Dataset
+from mohs.data.loading import available, load
+
+__all__ = ["Dataset", "available", "load"]
