@@ -1,0 +1,50 @@
+"""What an attack is: a frozen dataclass with two methods, and the state its rows carry from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from mohs._rows import Rows
+from mohs.problem import Problem
+from mohs.threat import Access
+
+
+@dataclass
+class State(Rows):
+    """What a row carries: ``x`` is the next point to look at; ``done`` (optional) ends a row."""
+
+    x: Tensor
+    done: Tensor | None = None
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """A row machine: ``init`` makes the state of the rows, ``step`` does the k-th unit of work, the same for all rows.
+
+    It holds no model, no loop, no counters and no success test: the scheduler and the target do. The fields of the
+    dataclass are its whole configuration and its repr is its record.
+
+    Attributes:
+        steps: how many units of work at most.
+        needs: the access it asks for.
+        finite: does it need a finite radius?
+    """
+
+    needs: ClassVar[Access]
+    finite: ClassVar[bool]
+
+    @property
+    def steps(self) -> int:
+        """How many units of work at most."""
+        ...
+
+    def init(self, problem: Problem) -> Any:
+        """The state before the first step."""
+        ...
+
+    def step(self, problem: Problem, state: Any, k: int) -> Any:
+        """The state after the k-th unit of work."""
+        ...

@@ -1,0 +1,90 @@
+"""What every attack and evaluation asks of its inputs, said in words that name the rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mohs.errors import DataError, ModelError, UsageError, rows_text
+from mohs.threat import Threat
+
+
+def check_inputs(
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    targets: Tensor | None = None,
+    eps: Tensor | None = None,
+    restarts: int = 1,
+    aims: int = 0,
+    batch: int | None = None,
+) -> None:
+    """Raise on the first thing that is wrong with the arguments of an attack."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise DataError(
+            f"Inputs must be a floating-point tensor [N, ...]; got {what}. Convert images to float in the threat's box."
+        )
+    check_box(x, threat)
+    check_labels(y, len(x), "labels y")
+    if targets is not None:
+        check_labels(targets, len(x), "targets")
+        same = (targets == y).nonzero().flatten().tolist()
+        if same:
+            raise DataError(f"Targets must differ from the labels; they are equal in {rows_text(same)}.")
+        if aims:
+            raise UsageError("aims and targets exclude each other: a target is the only class that counts.")
+    if eps is not None and (eps.shape != (len(x),) or bool((eps < 0).any()) or bool(eps.isnan().any())):
+        raise DataError(
+            f"eps must hold one radius >= 0 per example, shape ({len(x)},); got shape {tuple(eps.shape)}."
+        )
+    for name, value, least in (("restarts", restarts, 1), ("aims", aims, 0), ("batch", batch, 1)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise UsageError(f"{name} must be a whole number >= {least}; got {value!r}.")
+
+
+def check_box(x: Tensor, threat: Threat) -> None:
+    """Inputs must be finite and lie in the threat's box."""
+    flat = x.flatten(1)
+    if not len(x):
+        return
+    bad = (~flat.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise DataError(
+            f"Inputs must be finite; found nan or inf in {rows_text(bad)}. Drop or repair these examples."
+        )
+    lo, hi = threat.box
+    outside = ((flat.amin(1) < lo) | (flat.amax(1) > hi)).nonzero().flatten().tolist()
+    if outside:
+        raise DataError(
+            f"Inputs must lie in the box [{lo:g}, {hi:g}] of the threat; {rows_text(outside)} range over "
+            f"[{float(x.min()):.4g}, {float(x.max()):.4g}]. If they are normalised, put the normalisation into the model "
+            "(mohs.models.normalized) and pass raw inputs; else state the box, such as 'linf:8 in [0, 255]'."
+        )
+
+
+def check_labels(y: Tensor, rows: int, what: str) -> None:
+    """One int64 class per row, not negative."""
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (rows,):
+        got = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+        raise DataError(f"The {what} must be int64 of shape ({rows},), one class per example; got {got}.")
+    low = (y < 0).nonzero().flatten().tolist()
+    if low:
+        raise DataError(f"The {what} must be classes 0, 1, ...; {rows_text(low)} are negative.")
+
+
+def check_mode(model: nn.Module) -> None:
+    """A model in training mode answers for its batch mates, or at random, and may change while it is looked at."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"The model must be a torch.nn.Module; got {type(model).__name__}. Wrap a function in mohs.models.BlackBox."
+        )
+    for name, module in model.named_modules():
+        if module.training and isinstance(
+            module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd
+        ):
+            raise ModelError(
+                f"The model is in training mode ({name or 'model'}: {type(module).__name__}), so its answers depend on the batch or "
+                "on chance. Call model.eval() first; Mohs does not flip modes behind your back."
+            )

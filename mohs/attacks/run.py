@@ -1,0 +1,380 @@
+"""The scheduler: runs every attack over rows in waves, and turns rows back into examples.
+
+A row is one try at one example: a restart, an aim, later a radius. All rows of a *wave* are at the same step k; a wave is
+several physical batches of one fixed, padded shape. Settled rows leave after each step and the tail of the wave fills the
+holes, so a pass is always made over live rows. The next wave starts from what waits.
+
+An example's answer is its lowest-numbered successful row, and a success cancels only the rows numbered above it. With the
+fixed batch shape and counter-based randomness this makes an example's result bit-identical on one machine whatever the
+order, subset, wave, shard or resumption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from mohs import streams
+from mohs.attacks._base import Attack
+from mohs.attacks._inputs import check_inputs, check_mode
+from mohs.errors import AccessError, ThreatError, UsageError
+from mohs.problem import Findings, Goal, Problem
+from mohs.target import Target
+from mohs.threat import Threat
+
+WAVE = 8
+"""Batches per wave: enough to fill holes, few enough that the wave's rows stay in memory."""
+
+
+class Stop(Enum):
+    """When a row is settled."""
+
+    SUCCESS = "success"
+    """At its first confirmed success (evaluation)."""
+    BUDGET = "budget"
+    """When the budget is spent (training, loss curves, the smallest change); the best point is kept."""
+
+
+@dataclass
+class Outcome:
+    """What an attack found, per example.
+
+    ``x`` [N, ...] holds the adversarial example, or the best point inside the region (the clean input where the smallest
+    change was asked for and none found). ``size`` is the norm of the change, inf where nothing was found; ``margin`` by how
+    many logits the goal is met. ``forwards``, ``backwards`` and ``queries`` count what the rows up to the answering one
+    cost, run in sequence; ``spent`` the passes actually made in this run, and ``restart`` the answering row (-1: none).
+    ``trace`` [N, rows, looks] is the objective at every look where it was asked for (nan: not looked).
+    """
+
+    x: Tensor
+    success: Tensor
+    size: Tensor
+    margin: Tensor
+    restart: Tensor
+    forwards: Tensor
+    backwards: Tensor
+    queries: Tensor
+    spent: int
+    batch: int
+    trace: Tensor | None = None
+
+    def __repr__(self) -> str:
+        found = int(self.success.sum())
+        middle = f", median size {float(self.size.median()):.4g}" if found * 2 > len(self.success) else ""
+        return f"Outcome({found} of {len(self.success)} found{middle}, {self.spent} passes)"
+
+
+def attack(
+    attack: Attack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat | str,
+    *,
+    targets: Tensor | None = None,
+    restarts: int = 1,
+    aims: int = 0,
+    eps: Tensor | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    stop: Stop | None = None,
+    trace: bool = False,
+    guide: nn.Module | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Run one attack on a batch of examples.
+
+    Args:
+        attack: such as ``mohs.attacks.PGD(steps=40)``.
+        model: inputs in the box to logits [N, K], or one logit [N] or [N, 1]; in eval mode.
+        x: clean inputs [N, ...], floating point, inside the threat's box.
+        y: true classes [N].
+        threat: a ``Threat`` or its short form, such as ``"linf:8/255"``; ``"l2:inf"`` asks for the smallest change.
+        targets: classes to reach instead [N]; then success is exactly that class.
+        restarts: independent tries per example.
+        aims: additionally try to move towards each of that many classes, highest logits first, while any other
+            class still counts as success (multi-targeted); 0: no aim.
+        eps: a radius per example [N], instead of the threat's.
+        seed: of the random streams; the global generators are not touched.
+        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 256,
+            or the next power of two for fewer rows.
+        stop: when a row ends; default: at the first success at a finite radius, else when the budget is spent.
+        trace: keep the objective at every look (implies that the budget is spent).
+        guide: a differentiable stand-in that gives the gradients; successes are confirmed on ``model``.
+        progress: called with (examples finished, of these broken).
+
+    Returns:
+        An ``Outcome`` of per-example tensors on the device of ``x``.
+
+    Raises:
+        DataError, ModelError, ThreatError, AccessError: see the message; batches name their rows.
+    """
+    job = Job(
+        attack, model, x, y, Threat.parse(threat), targets=targets, restarts=restarts, aims=aims, eps=eps,
+        seed=seed, batch=batch, stop=stop, trace=trace, guide=guide,
+    )  # fmt: skip
+    finished = broken = 0
+    for final in job.run():
+        finished += len(final)
+        broken += int(job.success[final].sum())
+        if progress is not None:
+            progress(finished, broken)
+    return job.outcome()
+
+
+class Job:
+    """One attack on one set of examples: builds the rows, runs the waves, and merges rows into examples."""
+
+    def __init__(
+        self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *,
+        targets: Tensor | None = None, restarts: int = 1, aims: int = 0, eps: Tensor | None = None, seed: int = 0,
+        batch: int | None = None, stop: Stop | None = None, trace: bool = False, guide: nn.Module | None = None,
+    ) -> None:  # fmt: skip
+        check_inputs(x, y, threat, targets=targets, eps=eps, restarts=restarts, aims=aims, batch=batch)
+        check_mode(model)
+        if attack.needs > threat.access:
+            raise AccessError(
+                f"{attack!r} needs access {attack.needs.name}; the threat {threat} grants {threat.access.name}. "
+                f"Choose an attack that needs no more, or Threat(access=Access.{attack.needs.name})."
+            )
+        radii = torch.full((len(x),), threat.region.eps, dtype=x.dtype, device=x.device)
+        self.eps = radii if eps is None else eps.to(x)
+        if attack.finite and not bool(self.eps.isfinite().all()):
+            raise ThreatError(
+                f"{attack!r} needs a finite radius; got {threat}. Give one, such as '{threat.region.name}:0.1', or use a "
+                "minimum-norm attack such as DeepFool."
+            )
+        self.attack, self.threat, self.seed = attack, threat, seed
+        self.target = Target(model, threat.access, guide, threat.queries, threat.draws)
+        self.x, self.y, self.targets = x.detach(), y, targets
+        self.rows = restarts * max(aims, 1)
+        self.aims = aims
+        whole = trace or threat.minimum
+        self.stop = stop or (Stop.BUDGET if whole else Stop.SUCCESS)
+        if whole and self.stop is Stop.SUCCESS:
+            raise UsageError(
+                "stop=Stop.SUCCESS contradicts a trace or an infinite radius, which spend the whole budget."
+            )
+        self.batch = batch or min(256, 1 << max(0, (len(x) * self.rows - 1).bit_length()))
+        count = (len(x), self.rows)
+        integers = {"dtype": torch.int64, "device": x.device}
+        self.finished = torch.zeros(count, dtype=torch.bool, device=x.device)
+        self.emitted = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.answer = torch.full((len(x),), self.rows, **integers)  # lowest successful row; `rows`: none yet
+        self.owner = torch.full((len(x),), self.rows, **integers)  # the row whose point is kept
+        self.cost = torch.zeros((3, *count), **integers)
+        self.best = self.x.clone()
+        self.success = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.score = x.new_full((len(x),), -math.inf)
+        self.margin = x.new_full((len(x),), -math.inf)
+        self.spent = 0
+        self.trace = x.new_full((*count, attack.steps + 1), math.nan) if trace else None
+        self.key = streams.derive(
+            streams.derive(streams.content_keys(self.x), seed), streams.text_key(type(attack).__name__)
+        )
+        self.ranked: Tensor | None = None
+
+    def run(self) -> Iterator[Tensor]:
+        """Run everything; yields the indices of examples whose answer has just become final."""
+        if self.aims:
+            self.ranked = self._rank_classes()
+        examples = torch.arange(len(self.x), device=self.x.device)
+        # every example's first row before anybody's second
+        self.waiting = torch.stack(
+            [examples.repeat(self.rows), examples.new_tensor(range(self.rows)).repeat_interleave(len(self.x))]
+        )
+        while len(wave := self._next_wave()):
+            self._wave(*wave)
+            if len(final := self._finalise()):
+                yield final
+
+    def _next_wave(self) -> tuple[Tensor, Tensor] | tuple[()]:
+        """(example, number) of the rows to run next: those of the lowest number, up to a full wave, and as many higher
+        ones as fit into the hole of its last batch, where they cost nothing."""
+        example, number = self.waiting
+        self.waiting = self.waiting[:, number < self.answer[example]]
+        example, number = self.waiting
+        if not len(number):
+            return ()
+        lowest = int((number == number[0]).sum())
+        take = min(-(-min(lowest, self.batch * WAVE) // self.batch) * self.batch, len(number))
+        self.waiting = self.waiting[:, take:]
+        return example[:take], number[:take]
+
+    def outcome(self) -> Outcome:
+        """What has been found so far."""
+        counted = torch.arange(self.rows, device=self.x.device) <= self.answer.unsqueeze(1)
+        if self.stop is Stop.BUDGET:
+            counted = torch.ones_like(counted)
+        forwards, backwards, queries = (self.cost * counted).sum(2)
+        size = self.threat.region.measure(self.best, self.x)
+        return Outcome(
+            x=self.best, success=self.success, size=size.masked_fill(~self.success, math.inf), margin=self.margin,
+            restart=self.owner.masked_fill(~self.success, -1), forwards=forwards, backwards=backwards,
+            queries=queries, spent=self.spent, batch=self.batch, trace=self.trace,
+        )  # fmt: skip
+
+    def _rank_classes(self) -> Tensor:
+        """Classes other than the label by falling logit at the clean input, [N, aims]; one look per example."""
+        ranked = []
+        for part in torch.arange(len(self.x), device=self.x.device).split(self.batch):
+            problem = self._padded(self._problem(part, torch.zeros_like(part)))
+            logits = problem.look(problem.x0).logits
+            aims = logits.scatter(1, problem.goal.label.unsqueeze(1), -math.inf).argsort(
+                dim=1, descending=True
+            )
+            if self.aims > logits.shape[1] - 1:
+                raise UsageError(
+                    f"aims={self.aims}, but the model has {logits.shape[1]} classes, so at most {logits.shape[1] - 1} others."
+                )
+            ranked.append(aims[: len(part), : self.aims])
+            self.cost[0, part, 0] += 1
+            self.cost[2, part, 0] += 1
+            self.spent += len(part)
+        return torch.cat(ranked) if ranked else self.y.new_empty((0, self.aims))
+
+    def _problem(self, example: Tensor, number: Tensor) -> Problem:
+        x0 = self.x[example]
+        if self.targets is not None:
+            goal = Goal.attain(self.targets[example])
+        elif self.ranked is not None:
+            goal = Goal.leave(self.y[example], self.ranked[example, number % self.aims])
+        else:
+            goal = Goal.leave(self.y[example])
+        key = streams.derive(self.key[example], number // max(self.aims, 1))
+        return Problem(
+            self.target, self.threat, x0, self.eps[example], goal, key, example, number, Findings.none(x0)
+        )
+
+    def _padded(self, problem: Problem) -> Problem:
+        """Fill up to the physical batch with settled copies of the last row: every pass has the same shape."""
+        rows = len(problem)
+        index = torch.arange(self.batch, device=self.x.device).clamp_max(rows - 1)
+        padded = problem.take(index)
+        padded.found.settled[rows:] = True
+        return padded
+
+    def _wave(self, example: Tensor, number: Tensor) -> None:
+        problem = self._problem(example, number)
+        guarded = _QuietGenerators(self.seed, int(example[0]), int(number[0]))
+        pairs = []
+        for index in torch.arange(len(problem), device=self.x.device).split(self.batch):
+            part = self._padded(problem.take(index))
+            with guarded:
+                pairs.append((part, self.attack.init(part)))
+        del problem
+        for k in range(self.attack.steps):
+            live = 0
+            for i, (p, s) in enumerate(pairs):
+                with guarded:
+                    s = self.attack.step(p, s, k)
+                self._note(p, k)
+                self._settle(p, s.done)
+                pairs[i] = (p, s)
+            for p, _ in pairs:
+                p.found.settled |= p.number > self.answer[p.example]  # a lower row has answered meanwhile
+                live += int((~p.found.settled).sum())
+            if live == 0:
+                break
+            if -(-live // self.batch) < len(pairs):
+                pairs = self._compact(pairs)
+        for p, s in pairs:
+            if not bool(p.found.settled.all()):  # the last iterate has not been looked at yet
+                with guarded:
+                    p.look(s.x)
+                self._note(p, self.attack.steps)
+            self._settle(p, torch.ones_like(p.found.settled))
+            self._collect(p)
+
+    def _note(self, problem: Problem, k: int) -> None:
+        if self.trace is not None:
+            live = ~problem.found.settled
+            self.trace[problem.example[live], problem.number[live], k] = problem.found.last[live]
+
+    def _settle(self, problem: Problem, done: Tensor | None) -> None:
+        """Freeze the rows that are through: successful (if that ends them), or done."""
+        found = problem.found
+        if done is not None:
+            found.settled |= done
+        if self.stop is Stop.SUCCESS:
+            found.settled |= found.met
+            # the padding repeats a live row's numbers but never holds a success, so plain minima are right
+            self.answer.scatter_reduce_(0, problem.example[found.met], problem.number[found.met], "amin")
+
+    def _compact(self, pairs: list) -> list:
+        """Drop settled rows and close the ranks: as few full batches as the live rows need."""
+        kept_problems, kept_states = [], []
+        for p, s in pairs:
+            self._collect(p)
+            live = (~p.found.settled).nonzero().squeeze(1)
+            kept_problems.append(p.take(live))
+            kept_states.append(s.take(live))
+        problem = type(kept_problems[0]).join(kept_problems)
+        state = type(kept_states[0]).join(kept_states)
+        packed = []
+        for index in torch.arange(len(problem), device=self.x.device).split(self.batch):
+            fill = torch.arange(self.batch, device=self.x.device).clamp_max(len(index) - 1)
+            packed.append((self._padded(problem.take(index)), state.take(index[fill])))
+        return packed
+
+    def _collect(self, problem: Problem) -> None:
+        """Merge rows that have settled into their examples; padding and rows collected before are skipped."""
+        new = problem.found.settled & ~self.finished[problem.example, problem.number]
+        for number in (
+            problem.number[new].unique().tolist()
+        ):  # one number: each example at most once, but for the padding
+            rows = (new & (problem.number == number)).nonzero().squeeze(1)
+            fresh = torch.ones_like(rows, dtype=torch.bool)
+            fresh[1:] = problem.example[rows[1:]] != problem.example[rows[:-1]]
+            self._merge(problem.take(rows[fresh]), number)
+
+    def _merge(self, p: Problem, number: int) -> None:
+        e, found = p.example, p.found
+        self.finished[e, number] = True
+        for i, count in enumerate((found.forwards, found.backwards, found.queries)):
+            self.cost[i, e, number] += count
+        self.spent += int(found.forwards.sum() + found.backwards.sum())
+        earlier = number < self.owner[e]
+        closer = (found.score > self.score[e]) | ((found.score == self.score[e]) & earlier)
+        # among successes the lowest row answers, or the best one where the whole budget is spent
+        preferred = earlier if self.stop is Stop.SUCCESS else closer
+        better = torch.where(found.met, ~self.success[e] | preferred, ~self.success[e] & closer)
+        e, found = e[better], found.take(better.nonzero().squeeze(1))
+        self.best[e], self.success[e] = found.x, found.met
+        self.score[e], self.margin[e] = found.score, found.margin
+        self.owner[e] = number
+
+    def _finalise(self) -> Tensor:
+        """Examples whose answer can no longer change and has not been reported."""
+        needed = torch.arange(self.rows, device=self.x.device) <= self.answer.unsqueeze(1)
+        final = (self.finished | ~needed).all(1) & ~self.emitted
+        self.emitted |= final
+        return final.nonzero().squeeze(1)
+
+
+class _QuietGenerators:
+    """Leaves the global generators as they were, and seeds them inside so that a random model is reproducible."""
+
+    def __init__(self, seed: int, first: int, number: int) -> None:
+        self.seed = streams.text_key(f"{seed} {first} {number}")
+        self.calls = 0
+
+    @staticmethod
+    def _generators() -> list[torch.Generator]:
+        cuda = list(torch.cuda.default_generators) if torch.cuda.is_initialized() else []
+        return [torch.default_generator, *cuda]
+
+    def __enter__(self) -> None:
+        self.calls += 1
+        self.saved = [(g, g.get_state()) for g in self._generators()]
+        for generator, _ in self.saved:
+            generator.manual_seed((self.seed + self.calls) % (1 << 63))
+
+    def __exit__(self, *exception: object) -> None:
+        for generator, state in self.saved:
+            generator.set_state(state)

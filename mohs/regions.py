@@ -1,0 +1,329 @@
+"""Geometry of the allowed change: balls around the clean input, intersected with the box of valid inputs.
+
+A region knows how to start, step, project and measure; every attack asks it, so one PGD serves all of them. ``Linf(0.1)``
+is the form of a threat; the methods take the radius of each row, ``eps`` [B], and the box ``(lo, hi)``.
+All methods map rows to rows and are positively homogeneous in gradients: tiny gradients step as far as large ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mohs import streams
+from mohs.errors import ThreatError
+
+Box = tuple[float, float]
+
+
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """View [B] as [B, 1, ...] so that it broadcasts over the rows of ``like``."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _largest(v: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(v.flatten(1), math.inf, dim=1)
+
+
+def _unit_scale(v: Tensor) -> Tensor:
+    """Each row divided by its largest magnitude: powers of a float32 gradient of 1e-25 would vanish."""
+    return v / per_row(_largest(v).clamp_min_(torch.finfo(v.dtype).tiny), v)
+
+
+@dataclass(frozen=True)
+class Lp:
+    """All changes of p-norm at most ``eps``, for 1 < p < inf; parent of the named balls.
+
+    Args:
+        p: the norm, above 1 (use ``L1``, ``L2``, ``Linf`` for those).
+        eps: radius in input units; ``math.inf`` asks for the smallest change.
+
+    The projection of a general p is radial (feasible, not nearest); L1 and Linf are exact.
+    """
+
+    p: float
+    eps: float
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.eps, int | float) and self.eps >= 0):
+            raise ThreatError(
+                f"{type(self).__name__} needs a radius; got eps={self.eps!r}. Give a number >= 0 in input units, "
+                "such as 8/255, or inf for the smallest change."
+            )
+        if not self.p >= 1:
+            raise ThreatError(f"Lp needs a norm; got p={self.p!r}. Allowed: p >= 1, inf included.")
+
+    @property
+    def name(self) -> str:
+        """The short form's first word, such as ``linf``."""
+        return f"l{self.p:g}"
+
+    def measure(self, x: Tensor, x0: Tensor) -> Tensor:
+        """Size of the change, [B], in the region's own unit."""
+        return torch.linalg.vector_norm((x - x0).flatten(1), self.p, dim=1)
+
+    def contains(self, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+        """[B] bool: is the change allowed? Tolerates the rounding of x0 + change and of the norm, 1e-5 relative."""
+        return self.measure(x, x0) <= eps * (1 + 1e-5) + self._rounding(x0)
+
+    def _rounding(self, x0: Tensor) -> Tensor:
+        # x0 + change is rounded coordinate by coordinate; at most one unit in the last place of x0 each
+        worst = _largest(x0).clamp_min_(1.0) * torch.finfo(x0.dtype).eps
+        return worst * (x0[0].numel() ** (1 / self.p) if len(x0) else 1)
+
+    def dual(self, w: Tensor) -> Tensor:
+        """Dual norm of a gradient, [B]: the best first-order gain of a change of unit norm."""
+        q = self._dual_exponent
+        scale = _largest(w).clamp_min_(torch.finfo(w.dtype).tiny)
+        return scale * torch.linalg.vector_norm((w / per_row(scale, w)).flatten(1), q, dim=1)
+
+    @property
+    def _dual_exponent(self) -> float:
+        if self.p == 1:
+            return math.inf
+        return 1.0 if math.isinf(self.p) else self.p / (self.p - 1)
+
+    def steepest(self, g: Tensor) -> Tensor:
+        """The change of unit norm that gains most along ``g``: |g|^(q-1) sign(g) over its norm; zero for zero."""
+        q = self._dual_exponent
+        unit = _unit_scale(g)
+        direction = unit.sign() * unit.abs().pow_(q - 1)
+        norm = torch.linalg.vector_norm(direction.flatten(1), self.p, dim=1)
+        return direction / per_row(norm.clamp_min_(torch.finfo(g.dtype).tiny), g)
+
+    def extreme(self, g: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
+        """The point of the ball that gains most along ``g``, clipped to the box (FGSM's step)."""
+        return self.project(x0 + per_row(eps, g) * self.steepest(g), x0, eps, box)
+
+    def move(self, x: Tensor, g: Tensor, size: Tensor, x0: Tensor, box: Box) -> Tensor:
+        """One ascent step of length ``size`` [B] from ``x`` along ``g``, before projection."""
+        return self.steepest(g).mul_(per_row(size, x)).add_(x)
+
+    def project(self, x: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
+        """A point of ball and box: clip to the box, then shrink the change (exactly feasible for x0 in the box)."""
+        change = x.clamp(*box).sub_(x0)
+        norm = torch.linalg.vector_norm(change.flatten(1), self.p, dim=1)
+        shrink = (eps / norm.clamp_min(torch.finfo(x.dtype).tiny)).clamp_(max=1.0)
+        return change.mul_(per_row(shrink, x)).add_(x0).clamp_(*box)
+
+    def start(self, x0: Tensor, eps: Tensor, box: Box, key: Tensor) -> Tensor:
+        """A random point of ball and box from the row's stream (uniform in the ball where that has a simple form)."""
+        direction = streams.normal(key, tuple(x0.shape[1:]), dtype=x0.dtype)
+        return self.project(x0 + self._inside(direction, eps, key), x0, eps, box)
+
+    def _inside(self, direction: Tensor, eps: Tensor, key: Tensor) -> Tensor:
+        """Scale directions so that their norm is that of a uniform point of the ball."""
+        norm = torch.linalg.vector_norm(direction.flatten(1), self.p, dim=1).clamp_min_(1e-12)
+        u = streams.uniform(key, (1,), draw=1, dtype=direction.dtype).squeeze(1)
+        return direction * per_row(eps * u.pow(1.0 / direction[0].numel()) / norm, direction)
+
+    def default_step(self, eps: Tensor, steps: int, box: Box) -> Tensor:
+        """2.5 * eps / steps: far enough to cross the ball and come back (Madry et al.)."""
+        return 2.5 * eps / max(steps, 1)
+
+
+@dataclass(frozen=True)
+class L2(Lp):
+    """All changes of Euclidean norm at most ``eps``."""
+
+    p: float = field(default=2.0, init=False, repr=False)
+
+    def steepest(self, g: Tensor) -> Tensor:
+        """g over its norm."""
+        unit = _unit_scale(g)
+        norm = torch.linalg.vector_norm(unit.flatten(1), dim=1).clamp_min_(torch.finfo(g.dtype).tiny)
+        return unit.div_(per_row(norm, g))
+
+
+@dataclass(frozen=True)
+class Linf(Lp):
+    """All changes of at most ``eps`` per coordinate."""
+
+    p: float = field(default=math.inf, init=False, repr=False)
+
+    def steepest(self, g: Tensor) -> Tensor:
+        """The sign of g."""
+        return g.sign()
+
+    def project(self, x: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
+        """The nearest point of ball and box: clip the change, then the point."""
+        radius = per_row(eps, x)
+        return (x - x0).clamp_(-radius, radius).add_(x0).clamp_(*box)
+
+    def start(self, x0: Tensor, eps: Tensor, box: Box, key: Tensor) -> Tensor:
+        """Uniform in the cube, clipped to the box (Madry et al.)."""
+        u = streams.uniform(key, tuple(x0.shape[1:]), dtype=x0.dtype).mul_(2).sub_(1)
+        return u.mul_(per_row(eps, x0)).add_(x0).clamp_(*box)
+
+
+@dataclass(frozen=True)
+class L1(Lp):
+    """All changes whose coordinates sum to at most ``eps`` in magnitude."""
+
+    p: float = field(default=1.0, init=False, repr=False)
+    share: ClassVar[float] = 0.01  # SLIDE moves the top 1% of the coordinates
+
+    def steepest(self, g: Tensor) -> Tensor:
+        """The whole step on the coordinate of largest magnitude (the first one on ties)."""
+        flat = g.flatten(1)
+        best = flat.abs().argmax(1, keepdim=True)
+        return torch.zeros_like(flat).scatter_(1, best, flat.gather(1, best).sign()).view_as(g)
+
+    def extreme(self, g: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
+        """Exact maximiser of <g, x> over ball and box: coordinates in order of |g|, each to its bound, until eps is spent."""
+        flat, clean = g.flatten(1), x0.flatten(1)
+        room = torch.where(flat > 0, box[1] - clean, clean - box[0]).masked_fill_(flat == 0, 0.0)
+        order = flat.abs().argsort(dim=1, descending=True, stable=True)
+        sorted_room = room.gather(1, order)
+        before = (
+            sorted_room.cumsum(1).sub_(sorted_room).nan_to_num_(nan=math.inf)
+        )  # an infinite room takes all
+        spend = torch.minimum((eps.unsqueeze(1) - before).clamp_min_(0.0), sorted_room)
+        change = torch.zeros_like(flat).scatter_(1, order, spend) * flat.sign()
+        return (clean + change).view_as(x0).clamp_(*box)
+
+    def move(self, x: Tensor, g: Tensor, size: Tensor, x0: Tensor, box: Box) -> Tensor:
+        """A step shared by the 1% of coordinates of largest gradient that are not already at their bound.
+
+        **Source**: F. Tramer, D. Boneh, "Adversarial training and robustness for multiple perturbations", NeurIPS 2019,
+        section 3.1 (SLIDE).
+        """
+        flat, point = g.flatten(1), x.flatten(1)
+        blocked = ((point >= box[1]) & (flat > 0)) | ((point <= box[0]) & (flat < 0))
+        strength = flat.abs().masked_fill_(blocked, 0.0)
+        count = max(1, round(self.share * flat.shape[1]))
+        top, where = strength.topk(count, dim=1)
+        # ties beyond the top are dropped; coordinates without gradient take no share of the step
+        sign = flat.gather(1, where).sign() * (top > 0)
+        step = sign * (size.unsqueeze(1) / sign.abs().sum(1, keepdim=True).clamp_min_(1.0))
+        return point.scatter_add(1, where, step).view_as(x)
+
+    def project(self, x: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
+        """The nearest point of ball and box in L2, exactly.
+
+        The optimal change is clip(soft(d, t), lo - x0, hi - x0) for one threshold t >= 0 per row; its 1-norm is piecewise
+        linear and falls with t, with kinks where a coordinate leaves its bound (|d| - room) or reaches zero (|d|), so
+        one sort of the kinks and a cumulative sum give t in closed form. O(D log D) per row.
+        """
+        d = (x - x0).flatten(1)
+        clean = x0.flatten(1)
+        size = d.abs()
+        room = torch.where(d > 0, box[1] - clean, clean - box[0])
+        taken = torch.minimum(size, room)
+        over = taken.sum(1) > eps
+        if not bool(over.any()):
+            return (clean + d.sign() * taken).view_as(x).clamp_(*box)
+        leave = (size - room).clamp_min_(0.0)  # below this t the coordinate sits at its bound
+        kinks, order = torch.cat([leave, size], 1).sort(dim=1, stable=True)
+        slope = torch.cat([-torch.ones_like(leave), torch.ones_like(size)], 1).gather(1, order).cumsum(1)
+        fall = slope[:, :-1] * kinks.diff(dim=1)  # change of the norm between consecutive kinks
+        norm = torch.cat([taken.sum(1, keepdim=True), taken.sum(1, keepdim=True) + fall.cumsum(1)], 1)
+        # the last kink at which the norm still exceeds eps; from there it falls linearly
+        at = ((norm > eps.unsqueeze(1)).sum(1, keepdim=True) - 1).clamp_(0, kinks.shape[1] - 2)
+        drop = -slope.gather(1, at)
+        threshold = kinks.gather(1, at) + (norm.gather(1, at) - eps.unsqueeze(1)) / drop.clamp_min(1.0)
+        threshold = threshold.masked_fill(~over.unsqueeze(1), 0.0)
+        kept = torch.minimum((size - threshold).clamp_min_(0.0), room)
+        shrink = (eps / kept.sum(1).clamp_min_(torch.finfo(x.dtype).tiny)).clamp_(
+            max=1.0
+        )  # only rounding is left
+        return (clean + d.sign() * kept * shrink.unsqueeze(1)).view_as(x).clamp_(*box)
+
+    def start(self, x0: Tensor, eps: Tensor, box: Box, key: Tensor) -> Tensor:
+        """Uniform in the cross-polytope, projected onto the box."""
+        u = streams.uniform(key, (2, *x0.shape[1:]), dtype=x0.dtype)
+        laplace = u[:, 0].neg().log1p().neg_() * (u[:, 1] - 0.5).sign()
+        return self.project(x0 + self._inside(laplace, eps, key), x0, eps, box)
+
+
+@dataclass(frozen=True)
+class L0:
+    """Any change of at most ``eps`` positions; a position is a pixel with all its channels (``features=True``: one number).
+
+    Args:
+        eps: how many positions may change.
+        features: count every number on its own.
+    """
+
+    eps: float
+    features: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.eps >= 0 and (math.isinf(self.eps) or float(self.eps).is_integer())):
+            raise ThreatError(f"L0 counts positions; got eps={self.eps!r}. Give a whole number >= 0, or inf.")
+
+    @property
+    def name(self) -> str:
+        """``l0`` or ``l0-features``."""
+        return "l0-features" if self.features else "l0"
+
+    def _positions(self, v: Tensor) -> Tensor:
+        """[B, channels, positions]: what is counted together stands in dimension 1."""
+        grouped = v.dim() == 4 and not self.features
+        return v.flatten(2) if grouped else v.flatten(1).unsqueeze(1)
+
+    def measure(self, x: Tensor, x0: Tensor) -> Tensor:
+        """How many positions differ, [B]."""
+        return self._positions(x != x0).any(1).sum(1).to(x0.dtype)
+
+    def contains(self, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+        """[B] bool: are few enough positions changed?"""
+        return self.measure(x, x0) <= eps
+
+    def dual(self, w: Tensor) -> Tensor:
+        """L0 is no norm and has no dual."""
+        raise ThreatError(
+            "This attack follows a norm; got the threat l0. Allowed: l1, l2, linf and other p >= 1. Use PGD or a sparse attack for l0."
+        )
+
+    def _keep(self, x: Tensor, x0: Tensor, score: Tensor, eps: Tensor) -> Tensor:
+        """Undo all changes but those at the ``eps`` positions of highest score; ties go to the first position."""
+        rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        keep = (rank < eps.unsqueeze(1)).unsqueeze(1)
+        return torch.where(keep, self._positions(x), self._positions(x0)).view_as(x)
+
+    def _finite(self, box: Box) -> None:
+        if math.isinf(box[0]) or math.isinf(box[1]):
+            raise ThreatError(f"L0 allows any value inside the box; got the box {box}. Give a finite one.")
+
+    def extreme(self, g: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
+        """Exact maximiser of <g, x>: the ``eps`` positions with the largest gain, each at its best bound."""
+        self._finite(box)
+        best = torch.where(g > 0, box[1], box[0]).to(x0.dtype)
+        best = torch.where(g == 0, x0, best)
+        gain = self._positions((best - x0) * _unit_scale(g)).sum(1)
+        return self._keep(best, x0, gain, eps)
+
+    def move(self, x: Tensor, g: Tensor, size: Tensor, x0: Tensor, box: Box) -> Tensor:
+        """A gradient step whose mean absolute change over all coordinates is ``size``.
+
+        **Source**: F. Croce, M. Hein, "Sparse and imperceivable adversarial attacks", ICCV 2019, section 4 (PGD0).
+        """
+        unit = _unit_scale(g)
+        mean = unit.abs().flatten(1).mean(1).clamp_min_(torch.finfo(g.dtype).tiny)
+        return x + unit * per_row(size / mean, x)
+
+    def project(self, x: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
+        """The nearest point: keep the changes that would cost most to undo, given that they are clipped to the box."""
+        clipped = x.clamp(*box)
+        cost = self._positions((x - x0).square() - (x - clipped).square()).sum(1)
+        return self._keep(clipped, x0, cost, eps)
+
+    def start(self, x0: Tensor, eps: Tensor, box: Box, key: Tensor) -> Tensor:
+        """Random values at ``eps`` random positions."""
+        self._finite(box)
+        values = streams.uniform(key, tuple(x0.shape[1:]), dtype=x0.dtype).mul_(box[1] - box[0]).add_(box[0])
+        order = streams.uniform(key, (self._positions(x0).shape[2],), draw=1, dtype=torch.float64)
+        return self._keep(values, x0, order, eps)
+
+    def default_step(self, eps: Tensor, steps: int, box: Box) -> Tensor:
+        """A mean move of 0.15 box widths, the published 30000/255 on 784 and 120000/255 on 3072 coordinates."""
+        self._finite(box)
+        return torch.full_like(eps, 0.15 * (box[1] - box[0]))
+
+
+Region = Lp | L0

@@ -1,0 +1,260 @@
+"""Target: the only door to the model. It enforces the access, counts, and nominates every point that passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mohs.errors import AccessError, DataError, ModelError, rows_text
+from mohs.objectives import Objective, margin
+from mohs.problem import Problem
+from mohs.threat import Access
+
+
+def classify(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Logits [B, K >= 2] of a classifier; one logit z becomes the pair (0, z), whose cross-entropy is the logistic loss.
+
+    Raises:
+        ModelError: the model raised, or answered with something that is not one row of logits per input.
+    """
+    try:
+        logits = model(x)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"The model raised {type(error).__name__} on an input of shape {tuple(x.shape)}, {x.dtype}: {error}. "
+            "Check that model and data belong together."
+        ) from error
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        what = f"a {logits.dtype} tensor" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ModelError(
+            f"The model answered with {what}. Mohs needs a floating-point tensor of logits [N, K], or one logit [N] or [N, 1]. "
+            "Wrap the model in a module that returns just the logits."
+        )
+    if logits.dim() == 1 and len(logits) == len(x):
+        logits = logits.unsqueeze(1)
+    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] == 0:
+        raise ModelError(
+            f"The model answered with shape {tuple(logits.shape)} to {len(x)} inputs of shape {tuple(x.shape[1:])}. "
+            f"Allowed: [N, K] logits, or one logit [N] or [N, 1] for two classes. Flatten or wrap the model."
+        )
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    return logits
+
+
+def rounding(logits: Tensor) -> Tensor:
+    """How far a margin may move by rounding alone, [B]: a success smaller than this is none."""
+    return logits.abs().amax(1) * (8 * torch.finfo(logits.dtype).eps)
+
+
+@dataclass
+class Look:
+    """What one look shows: as much as the access grants.
+
+    Args:
+        access: the level granted; a property above it raises AccessError.
+    """
+
+    access: Access
+    _logits: Tensor
+    _margin: Tensor
+    met: Tensor
+
+    def _grant(self, level: Access, what: str) -> None:
+        if self.access < level:
+            raise AccessError(
+                f"The attack asked for {what}, which needs access {level.name}; the threat grants {self.access.name}. "
+                f"Use an attack that needs no more, or Threat(access=Access.{level.name})."
+            )
+
+    @property
+    def label(self) -> Tensor:
+        """The model's answer, [B]."""
+        self._grant(Access.LABEL, "labels")
+        return self._logits.argmax(1)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Softmax of the logits, [B, K]."""
+        self._grant(Access.SCORE, "probabilities")
+        return self._logits.softmax(1)
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits, [B, K]."""
+        self._grant(Access.LOGIT, "logits")
+        return self._logits
+
+    @property
+    def margin(self) -> Tensor:
+        """By how much the goal is met, [B]."""
+        self._grant(Access.LOGIT, "logits")
+        return self._margin
+
+
+@dataclass
+class View(Look):
+    """A look that can be differentiated: ``pull`` maps cotangents of the logits to gradients of the input."""
+
+    value: Tensor
+    cotangent: Tensor
+    _problem: Problem
+    _x: Tensor
+    _graph: Tensor
+
+    def pull(self, cotangent: Tensor, keep: bool = False) -> Tensor:
+        """Input gradient [B, ...] of <logits, cotangent> per row: one backward. ``keep`` allows another pull.
+
+        Non-finite entries become zero, so that one bad coordinate does not spoil a row.
+        """
+        try:
+            (gradient,) = torch.autograd.grad(self._graph, self._x, cotangent, retain_graph=keep)
+        except RuntimeError as error:
+            raise ModelError(
+                f"The model gives no input gradient ({str(error).splitlines()[0]}). Gradient attacks need a differentiable "
+                "path from input to logits: remove detach() or no_grad(), or use an attack that needs less access."
+            ) from error
+        found = self._problem.found
+        found.backwards += ~found.settled
+        if not math.isfinite(float(gradient.sum())):
+            gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        return gradient
+
+
+class Target:
+    """A model under attack: enforces the access, counts per row, and keeps the best point of every row.
+
+    Args:
+        model: the deployed classifier; it alone judges.
+        access: what the attack may ask for.
+        guide: gives gradients where it differs from the model (a surrogate, a stand-in for a defense). Nominated
+            points are then looked at again through the model.
+        queries: looks per row that are recorded; None for no limit.
+        draws: fresh evaluations that judge a point of a random model (0: deterministic).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        access: Access = Access.GRADIENT,
+        guide: nn.Module | None = None,
+        queries: int | None = None,
+        draws: int = 0,
+    ) -> None:
+        self.model = model
+        self.guide = model if guide is None else guide
+        self.access = access
+        self.queries = queries
+        self.draws = draws
+
+    def linearize(self, problem: Problem, x: Tensor, objective: Objective | None = None) -> View:
+        """Look at ``x`` [B, ...] keeping the graph: logits, margin, met, the objective's value and cotangent, ``pull``.
+
+        Cost: one forward; each pull one backward. The objective defaults to the logit margin.
+        """
+        if self.access < Access.GRADIENT:
+            raise AccessError(
+                f"The attack asked for a gradient; the threat grants {self.access.name}. "
+                "Use an attack that needs no gradients, or Threat(access=Access.GRADIENT)."
+            )
+        x = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            graph = classify(self.guide, x)
+        logits = graph.detach()
+        if int(problem.goal.label.amax()) >= logits.shape[1]:
+            _refuse_labels(problem, logits.shape[1])
+        value, cotangent = (objective or margin)(logits, problem.goal)
+        lead, met = self._nominate(problem, x.detach(), logits, value)
+        return View(self.access, logits, lead, met, value, cotangent, problem, x, graph)
+
+    def look(self, problem: Problem, x: Tensor) -> Look:
+        """Look at ``x`` [B, ...] without gradients. Cost: one forward, one query."""
+        if self.access < Access.LABEL:
+            raise AccessError(
+                "The attack asked for a look at the model; the threat grants none (transfer only). "
+                "Use Threat(access=Access.LABEL) or more."
+            )
+        with torch.inference_mode():
+            logits = classify(self.model, x.detach())
+        logits = logits.clone()  # an inference tensor must not leave the door
+        if int(problem.goal.label.amax()) >= logits.shape[1]:
+            _refuse_labels(problem, logits.shape[1])
+        lead, met = self._nominate(problem, x.detach(), logits, None)
+        return Look(self.access, logits, lead, met)
+
+    def _nominate(
+        self, problem: Problem, x: Tensor, logits: Tensor, value: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Count the look and keep ``x`` where it beats what the row has; answers (margin, met) of this look."""
+        found, region, box = problem.found, problem.threat.region, problem.threat.box
+        lead = problem.goal.margin(logits)
+        met = lead > rounding(logits)
+        value = lead if value is None else value
+        live = ~found.settled
+        if self.queries is not None:
+            live &= found.queries < self.queries
+        found.forwards += live
+        found.queries += live
+        found.last = torch.where(live, value, found.last)
+        if self._must_judge and bool((met & live).any()):
+            lead, met, live = self._judge(problem, x, lead, met, live)
+        if problem.threat.minimum:
+            if not bool((met & live).any()):
+                return lead, met
+            score = -region.measure(x, problem.x0)
+            better = met & live & (score > found.score)
+        else:
+            # a point that meets the goal beats any that does not; among equals the higher objective wins
+            score = value
+            better = live & ((met & ~found.met) | ((met == found.met) & (score > found.score)))
+            if not bool(better.any()):
+                return lead, met
+            better &= region.contains(x, problem.x0, problem.eps)
+        better &= _in_box(x, box)
+        found.x = torch.where(better.view(-1, *[1] * (x.dim() - 1)), x, found.x)
+        found.met = found.met | (better & met)
+        found.score = torch.where(better, score, found.score)
+        found.margin = torch.where(better, lead, found.margin)
+        return lead, met
+
+    @property
+    def _must_judge(self) -> bool:
+        return self.draws > 0 or self.guide is not self.model
+
+    def _judge(
+        self, problem: Problem, x: Tensor, lead: Tensor, met: Tensor, live: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ask the deployed model about nominated points, with fresh draws if it is random; never trust the nominating look."""
+        wins = torch.zeros_like(lead)
+        worst = torch.full_like(lead, math.inf)
+        looks = max(self.draws, 1)
+        for _ in range(looks):
+            with torch.inference_mode():
+                logits = classify(self.model, x)
+            logits = logits.clone()
+            fresh = problem.goal.margin(logits)
+            wins += fresh > rounding(logits)
+            worst = torch.minimum(worst, fresh)
+        problem.found.forwards += (met & live) * looks
+        return torch.where(met, worst, lead), met & (wins * 2 > looks), live
+
+
+def _refuse_labels(problem: Problem, classes: int) -> None:
+    high = problem.example[problem.goal.label >= classes].unique().tolist()
+    raise DataError(
+        f"Labels and targets must be below the model's {classes} classes; {rows_text(high)} reach up to "
+        f"{int(problem.goal.label.amax())}. Check that model and data belong together."
+    )
+
+
+def _in_box(x: Tensor, box: tuple[float, float]) -> Tensor:
+    if math.isinf(box[0]) and math.isinf(box[1]):
+        return x.flatten(1).isfinite().all(1)
+    flat = x.flatten(1)
+    return (flat.amin(1) >= box[0]) & (flat.amax(1) <= box[1])
