@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from mohs.errors import RecordError
 from mohs.records import _files
-from mohs.records.ledger import Ledger
 from mohs.records.header import first_error, header_differences, header_text, load_header
+from mohs.records.ledger import Ledger
 from mohs.records.record import Record
 from mohs.records.schema import Header, Totals, utc_now
 
