@@ -1,0 +1,1 @@
+"""Mohs beside the public libraries, on the same nets and images, in one process."""
