@@ -1,0 +1,57 @@
+"""The command line: ``mohs demo | list | check | run | report | replay | diff | certify | train``.
+
+Exit codes: 0 every claim upheld or certified, 10 refuted, 11 undecided, 12 a check blocks the verdict (or a replay does not
+confirm the record), 13 a certificate was contradicted, 2 wrong usage, 1 internal error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command ``mohs``: runs it and exits with its code."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; errors become a message on stderr and an exit code."""
+    from cyclopts import CycloptsError
+
+    from mohs.cli.commands import app
+    from mohs.errors import MohsError
+
+    try:
+        return int(app(list(argv), exit_on_error=False, result_action="return_value") or 0)
+    except CycloptsError:
+        return 2  # cyclopts has printed what was wrong
+    except MohsError as error:
+        print(f"mohs: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nmohs: interrupted. Issue the same command again to go on where it stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader (head, less) has gone; nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full; free some room",
+            errno.EROFS: "the place is read-only; choose another one",
+            errno.EACCES: "permission was denied; choose another place",
+        }
+        if error.errno in reasons:
+            where = f" ({error.filename})" if error.filename else ""
+            print(f"mohs: {reasons[error.errno]}{where}, then issue the same command again.", file=sys.stderr)
+            return 2
+        traceback.print_exc()
+        return 1
+    except Exception:
+        traceback.print_exc()
+        print("mohs: this is a bug in Mohs; please report it with the lines above and the command.", file=sys.stderr)
+        return 1

@@ -1,0 +1,254 @@
+"""The commands. Each reads its arguments, calls one public function, and shows what came back."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, Group, Parameter
+
+import mohs
+from mohs.cli import screen
+from mohs.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mohs.data import Dataset
+
+app = App(
+    name="mohs",
+    version=mohs.__version__,
+    help="""A hardness scale for neural networks.
+
+    Takes a classifier, a threat and a claim; tries to refute the claim with attacks and to prove it with certificates;
+    says which it managed, with evidence that anyone can replay. New here? Try `mohs demo`.""",
+    help_format="plaintext",
+)
+
+_what = Group("What is evaluated", sort_key=0)
+_how = Group("How", sort_key=1)
+
+Model = Annotated[str, Parameter(group=_what, help="bundled:NAME, package.module:factory, FILE.pt2 or FILE.onnx")]
+Data = Annotated[
+    str, Parameter(group=_what, help="bundled:NAME, idx:DIR, cifar10:DIR, npz:FILE or folder:DIR")
+]
+ThreatText = Annotated[
+    str, Parameter(group=_what, help="such as linf:8/255, l2:0.5, l1:10, l0:20, or 'linf:8 in [0, 255]'")
+]
+Weights = Annotated[
+    Path | None, Parameter(group=_what, help="weights for package.module:factory (.safetensors or a state dict)")
+]
+Count = Annotated[int | None, Parameter(name=["--n"], group=_what, help="only the first N examples")]
+Split = Annotated[Literal["test", "train"], Parameter(group=_what, help="which part of the data set")]
+Seed = Annotated[int, Parameter(group=_how, help="of all randomness")]
+Batch = Annotated[int, Parameter(group=_how, help="physical batch size; equal sizes give identical results")]
+Stated = Annotated[float | None, Parameter(group=_how, help="clean accuracy the model is said to have, 0 to 1")]
+
+
+def _load(model: str, data: str, weights: Path | None, split: str, n: int | None) -> tuple[nn.Module, Dataset]:
+    from mohs import data as datasets
+    from mohs import models
+
+    return models.load(model, weights=weights), datasets.load(data, split=split, n=n)
+
+
+def _spec(model: str, weights: Path | None) -> str:
+    return model if weights is None else f"{model} --weights {weights}"
+
+
+@app.command
+def demo(*, out: Path = Path("runs/demo"), n: Count = 400) -> int:
+    """See the whole in under a minute: two bundled nets, one claim, one report each.
+
+    Parameters
+    ----------
+    out
+        directory of the records and reports.
+    """
+    from mohs.cli.demo import demo as run_demo
+
+    return run_demo(out, n)
+
+
+@app.command(name="list")
+def list_(what: Literal["attacks", "models", "data", "plans"]) -> int:
+    """List what there is: attacks, models, data or plans."""
+    if what == "attacks":
+        rows = [(name, (cls.__doc__ or "").strip().splitlines()[0]) for name, cls in mohs.attacks.REGISTRY.items()]
+    elif what == "models":
+        from mohs import models
+
+        rows = models.available()
+    elif what == "data":
+        from mohs import data
+
+        rows = data.available()
+    else:
+        from mohs.evaluation import available_plans
+
+        rows = available_plans()
+    screen.listing(what, rows)
+    return 0
+
+
+@app.command
+def check(
+    model: Model, data: Data, /, *, threat: ThreatText, weights: Weights = None, n: Count = None,
+    split: Split = "test", stated_accuracy: Stated = None, seed: Seed = 0,
+) -> int:  # fmt: skip
+    """Look for what would make an evaluation worthless, before spending time on one."""
+    from mohs.evaluation import check as run_checks
+
+    net, dataset = _load(model, data, weights, split, n)
+    findings = run_checks(net, dataset, threat, stated_accuracy=stated_accuracy, seed=seed)
+    screen.findings(findings)
+    return 12 if any(f.severity == "block" for f in findings) else 0
+
+
+@app.command
+def run(
+    model: Model, data: Data, /, *, threat: ThreatText, out: Annotated[Path, Parameter(group=_how)],
+    plan: Annotated[str, Parameter(group=_how, help="a built-in plan (mohs list plans) or a TOML file")] = "standard",
+    claim: Annotated[str | None, Parameter(group=_what, help="such as 'accuracy >= 0.6'")] = None,
+    certify: Annotated[list[str] | None, Parameter(group=_how, help="certificates to try: ibp, crown")] = None,
+    weights: Weights = None, n: Count = None, split: Split = "test", stated_accuracy: Stated = None,
+    seed: Seed = 0, batch: Batch = 256,
+) -> int:  # fmt: skip
+    """Attack a model, record the evidence, and give a verdict on a claim.
+
+    Issue the same command again to go on with an interrupted run.
+
+    Parameters
+    ----------
+    out
+        directory of the record: new, empty, or an earlier part of this very run.
+    """
+    from mohs.evaluation import Claim, evaluate, load_plan
+    from mohs.reports import render
+    from mohs.threat import Threat
+
+    parsed, chosen = Threat.parse(threat), load_plan(plan)  # refused before anything is loaded or written
+    stated = Claim.parse(claim) if claim is not None else None
+    proofs = [_certificate(name) for name in certify or []]
+    net, dataset = _load(model, data, weights, split, n)
+    with screen.Progress() as progress:
+        record = evaluate(
+            net, dataset, parsed, plan=chosen, claim=stated, out=out, certificates=proofs, seed=seed,
+            batch=batch, stated_accuracy=stated_accuracy, subject=_spec(model, weights), command=_command(),
+            notify=progress.notify,
+        )  # fmt: skip
+    page = render(record, out / "report.html")
+    screen.record(record)
+    screen.next_steps([f"open {page}", f"mohs replay {shlex.quote(str(out))}"])
+    return record.verdict.exit_code if record.verdict is not None else screen.blocked_code(record)
+
+
+@app.command
+def certify(
+    model: Model, data: Data, /, *, threat: ThreatText,
+    method: Annotated[str, Parameter(group=_how, help="ibp or crown")] = "crown",
+    weights: Weights = None, n: Count = None, split: Split = "test",
+) -> int:  # fmt: skip
+    """Prove, example by example, that no allowed change alters the answer."""
+    from mohs.certificates import certify as prove
+    from mohs.records import clopper_pearson
+    from mohs.threat import Threat
+
+    parsed, certificate = Threat.parse(threat), _certificate(method)
+    net, dataset = _load(model, data, weights, split, n)
+    proof = prove(certificate, net, dataset.x, dataset.y, parsed)
+    count = int(proof.holds.sum())
+    low, high = clopper_pearson(count, len(dataset))
+    screen.say(
+        f"{certificate!r} proves {count} of {len(dataset)} answers ({count / len(dataset):.1%}, 95% interval {low:.1%} to "
+        f"{high:.1%}) right for every change under {parsed}: a lower bound on robust accuracy."
+    )
+    return 0
+
+
+@app.command
+def report(directory: Path, /, *, out: Path | None = None) -> int:
+    """Rebuild the HTML report from a record alone.
+
+    Parameters
+    ----------
+    directory
+        what `mohs run` wrote.
+    out
+        the page to write; default: report.html in the directory.
+    """
+    from mohs import records, reports
+
+    record = records.Record.load(directory)
+    page = reports.render(record, out or directory / "report.html")
+    screen.say(f"wrote {page}")
+    return 0
+
+
+@app.command
+def replay(directory: Path, /, *, model: str | None = None, weights: Path | None = None) -> int:
+    """Re-score the stored adversarial examples of a record without attacking.
+
+    Parameters
+    ----------
+    directory
+        what `mohs run` wrote.
+    model
+        the model, if it is not the recorded one.
+    weights
+        its weights.
+    """
+    from mohs import models, records
+    from mohs.evaluation import replay as run_replay
+
+    record = records.Record.load(directory)
+    spec = model or record.header.subject.spec
+    if model is None and " --weights " in spec:
+        spec, _, recorded = spec.partition(" --weights ")
+        weights = weights or Path(recorded)
+    seen = run_replay(record, models.load(spec, weights=weights))
+    screen.replayed(record, seen)
+    return 0 if seen.holds else 12
+
+
+@app.command
+def diff(before: Path, after: Path, /) -> int:
+    """Compare two records example by example: newly broken, newly safe, exact McNemar test."""
+    from mohs import records
+
+    screen.difference(records.diff(records.Record.load(before), records.Record.load(after)))
+    return 0
+
+
+@app.command
+def train(recipe: str, /, *, out: Path, resume: bool = True) -> int:
+    """Train a classifier by a recipe, natural or adversarial; an interrupted training goes on where it stopped.
+
+    Parameters
+    ----------
+    recipe
+        a recipe file (.toml or .py).
+    out
+        directory of checkpoints, weights and learning curves.
+    resume
+        go on from the last checkpoint in it.
+    """
+    from mohs.cli.training import train_recipe
+
+    return train_recipe(recipe, out, resume)
+
+
+def _certificate(name: str) -> object:
+    from mohs import certificates
+
+    known = {"ibp": certificates.IBP, "crown": certificates.CROWN}
+    if name.lower() not in known:
+        raise UsageError(f"There is no certificate {name!r}. Allowed: {', '.join(known)}.")
+    return known[name.lower()]()
+
+
+def _command() -> str:
+    return shlex.join(["mohs", *sys.argv[1:]])

@@ -1,0 +1,384 @@
+"""The engine: checks, attacks, certificates, one record. Everything it finds is written down before it goes on."""
+
+from __future__ import annotations
+
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import mohs
+from mohs import records, streams
+from mohs.attacks import Job, Outcome, Stop
+from mohs.attacks._inputs import check_inputs
+from mohs.data import Dataset
+from mohs.errors import CertificateContradicted, ModelError, ThreatError, rows_text
+from mohs.evaluation import claims
+from mohs.evaluation.checks import check
+from mohs.evaluation.plans import Plan, PlanStep, load_plan
+from mohs.models import weights_hash
+from mohs.problem import Goal
+from mohs.target import classify
+from mohs.threat import Threat
+
+CONTROL = 100
+"""Size of the control subset: every attack runs on all of it, so that their strengths can be compared."""
+CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+"""Radii of the accuracy curve, in units of the threat's."""
+TRACED, TRACE_RESTARTS = 6, 5
+"""Loss curves: examples of the control subset, restarts each."""
+
+Notify = Callable[[str, int, int, int], None]
+"""Called with (stage, examples done, of how many, of these broken)."""
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset | tuple[Tensor, Tensor],
+    threat: Threat | str,
+    *,
+    plan: Plan | str = "standard",
+    claim: claims.Claim | str | None = None,
+    out: str | Path | None = None,
+    certificates: Sequence[Any] = (),
+    seed: int = 0,
+    batch: int = 256,
+    stated_accuracy: float | None = None,
+    subject: str | None = None,
+    command: str = "",
+    notify: Notify | None = None,
+) -> records.Record:
+    """Try to refute a claim with every attack of a plan (and to prove it with certificates), and record the evidence.
+
+    Args:
+        model: a classifier in eval mode, inputs in the box to logits.
+        data: a ``Dataset`` or a pair (x float32 [N, ...], y int64 [N]).
+        threat: such as ``"linf:8/255"``; the radius must be finite.
+        plan: a ``Plan``, the name of a built-in one, or a TOML file.
+        claim: such as ``"accuracy >= 0.6"``.
+        out: directory of the record; an interrupted run in it goes on where it stopped. None: a temporary one
+            that lives as long as the returned record.
+        certificates: such as ``[mohs.certificates.CROWN()]``.
+        seed: of all randomness; the global generators are not touched.
+        batch: physical batch size; results are bit-identical for equal ``batch``.
+        stated_accuracy: clean accuracy the model is said to have, checked against the measured one.
+        subject, command: how model and run are named in the record.
+        notify: progress, see ``Notify``.
+
+    Returns:
+        The record; ``rec.verdict`` is None without a claim.
+
+    Raises:
+        DataError, ModelError, ThreatError, RecordError: see the message.
+        CertificateContradicted: an attack broke a certified example; the record is complete and names it.
+
+    Cost: a few forwards per example for checks and clean accuracy; each attack as it says, on survivors and on the
+    control subset; one forward per adversarial example for its final confidence.
+    """
+    threat = Threat.parse(threat)
+    if threat.minimum:
+        raise ThreatError(
+            f"An evaluation needs a finite radius; got {threat}. 'At least so many stay right' says nothing about "
+            "unbounded changes. Use mohs.attack with a minimum-norm attack for distances."
+        )
+    data = data if isinstance(data, Dataset) else Dataset(*data, name="tensors")
+    device = next((t.device for t in [*model.parameters(), *model.buffers()]), data.x.device)
+    x, y = data.x.to(device), data.y.to(device)
+    check_inputs(x, y, threat, batch=batch)
+    plan = load_plan(plan) if isinstance(plan, str) else plan
+    claim = claims.Claim.parse(claim) if isinstance(claim, str) else claim
+    run = _Evaluation(model, data, x, y, threat, plan, claim, list(certificates), seed, batch, notify)
+    header = run.header(subject or type(model).__name__, command)
+    folder = tempfile.TemporaryDirectory(prefix="mohs-") if out is None else None
+    with records.open_run(folder.name if folder else Path(str(out)), header) as opened:
+        run.go(opened, stated_accuracy)
+        record = opened.record()
+    if folder is not None:
+        record.temporary = folder
+    if len(record.contradicted):
+        raise CertificateContradicted(
+            f"A certificate declared {rows_text(record.contradicted.tolist())} safe under {threat}, and an attack broke "
+            f"it. One of the two is wrong: please report the record {record.dir} with the model."
+        )
+    return record
+
+
+class _Evaluation:
+    """One evaluation in its stages; each stage asks the ledger what is missing and does only that."""
+
+    def __init__(
+        self, model: nn.Module, data: Dataset, x: Tensor, y: Tensor, threat: Threat, plan: Plan,
+        claim: claims.Claim | None, certificates: list[Any], seed: int, batch: int, notify: Notify | None,
+    ) -> None:  # fmt: skip
+        self.model, self.data, self.x, self.y = model, data, x, y
+        self.threat, self.plan, self.claim, self.certificates = threat, plan, claim, certificates
+        self.seed, self.batch = seed, batch
+        self.notify: Notify = notify or (lambda stage, done, total, broken: None)
+        with torch.inference_mode():
+            self.classes = classify(model, self._padded(x[:1])).shape[1] if len(x) else 0
+        self.steps = [(step, attack) for step in plan.steps if (attack := step.build_for(threat)) is not None]
+
+    # ---- what is about to run ---------------------------------------------------------------------------
+
+    def header(self, subject: str, command: str) -> records.Header:
+        """Everything known before the first attack; its identity is what the results depend on."""
+        weights = weights_hash(self.model)
+        steps = [
+            records.Step(name=s.name, config=repr(a), restarts=s.restarts, targets=self._aims(s) or None)
+            for s, a in self.steps
+        ]
+        identity = records.identity_of(
+            {
+                "model": weights, "architecture": repr(self.model), "data": self.data.hash,
+                "threat": self.threat.to_dict(), "plan": [s.model_dump() for s in steps],
+                "certificates": [repr(c) for c in self.certificates], "seed": self.seed, "batch": self.batch,
+                "version": mohs.__version__,
+            }
+        )  # fmt: skip
+        parameters = list(self.model.parameters())
+        return records.Header(
+            identity=identity, command=command, seed=self.seed, batch=self.batch,
+            subject=records.Subject(
+                spec=subject, arch=repr(self.model)[:2000], weights_sha256=weights, classes=max(self.classes, 1),
+                parameters=sum(p.numel() for p in parameters),
+                dtype=str(parameters[0].dtype).removeprefix("torch.") if parameters else "float32",
+            ),
+            data=records.Data(
+                spec=self.data.name or "tensors", n=len(self.x), hash=self.data.hash, shape=list(self.x.shape[1:]),
+                class_names=list(self.data.classes),
+            ),
+            threat=self.threat.to_dict(), threat_text=str(self.threat),
+            plan=records.Plan(name=self.plan.name, steps=steps),
+            claim=None if self.claim is None else records.Claim(text=str(self.claim), tau=self.claim.tau),
+            environment=records.Environment(
+                python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                mohs=mohs.__version__, platform=platform.platform(), threads=torch.get_num_threads(),
+                device=str(self.x.device),
+            ),
+        )  # fmt: skip
+
+    # ---- the stages -------------------------------------------------------------------------------------
+
+    def go(self, run: records.Run, stated_accuracy: float | None) -> None:
+        """All stages in order."""
+        self.run = run
+        self.notify("checks", 0, 1, 0)
+        findings = check(self.model, (self.x, self.y), self.threat, stated_accuracy=stated_accuracy, seed=self.seed)
+        run.update(checks=findings, claim=self._claim())
+        self.notify("checks", 1, 1, 0)
+        self._clean()
+        blocked = [f for f in findings if f.severity == "block"]
+        if not blocked:
+            for index, (step, attack) in enumerate(self.steps):
+                self._attack(index, step, attack)
+            for certificate in self.certificates:
+                self._certify(certificate)
+            self._loss_curves()
+            run.update(curve=self._curve())
+        record = run.record()
+        verdict = None
+        if self.claim is not None:
+            verdict = claims.verdict(
+                self.claim, record.n, int(record.survived.sum()),
+                certified=None if record.certified is None else int(record.certified.sum()),
+                blocked=[f.name for f in blocked], threat=str(self.threat),
+            )  # fmt: skip
+        run.finish(attacks=self._summaries(record), certificates=self._proofs(record), verdict=verdict)
+
+    def _claim(self) -> records.Claim | None:
+        return None if self.claim is None else records.Claim(text=str(self.claim), tau=self.claim.tau)
+
+    def _clean(self) -> None:
+        """Clean answers of all examples, and the control subset: the examples of smallest keyed hash."""
+        ids = self.data.ids
+        rank = sorted(range(len(ids)), key=lambda i: (streams.text_key(f"{self.seed} control {ids[i]}"), i))
+        control = set(rank[:CONTROL])
+        label, margin, confidence = self._answers(self.x, self.y)
+        self.run.ledger.put_examples(
+            records.Examples(
+                id=range(len(ids)), hash=ids, label=self.y.tolist(), clean_label=label, clean_margin=margin,
+                clean_confidence=confidence, control=[i in control for i in range(len(ids))],
+            )
+        )  # fmt: skip
+
+    def _attack(self, index: int, step: PlanStep, attack: Any) -> None:
+        """One attack on whoever is still right, and on the control subset."""
+        record = self.run.record()
+        earlier = (record.breaker >= 0) & (record.breaker < index)
+        wanted = record.correct & (~earlier | record.examples.control)
+        wanted[self.run.ledger.answered(index)] = False
+        todo = torch.from_numpy(np.flatnonzero(wanted)).to(self.x.device)
+        name = f"{index + 1}/{len(self.steps)} {step.label}"
+        self.notify(name, 0, len(todo), 0)
+        if not len(todo):
+            return
+        job = self._job(attack, todo, restarts=step.restarts, aims=self._aims(step))
+        began, done = time.perf_counter(), 0
+        for final in job.run():
+            self._write(index, todo, final, job.outcome())
+            now = time.perf_counter()
+            self.run.ledger.add_seconds(index, now - began)
+            began, done = now, done + len(final)
+            self.notify(name, done, len(todo), int((job.success & job.emitted).sum()))
+
+    def _write(self, index: int, todo: Tensor, final: Tensor, found: Outcome) -> None:
+        """Record the examples whose answer has just become final, in one transaction."""
+        ids = todo[final]
+        won = found.success[final]
+        label, _, confidence = self._answers(found.x[final[won]], self.y[ids[won]])
+        label_after, confidence_after = self.y[ids].cpu().numpy().copy(), np.full(len(ids), math.nan)
+        mask = won.cpu().numpy()
+        label_after[mask], confidence_after[mask] = label, confidence
+        rows = records.Results(
+            example=ids.cpu().numpy(), success=mask, size=found.size[final].cpu().numpy(),
+            margin=found.margin[final].cpu().numpy(), restart=found.restart[final].cpu().numpy(),
+            label_after=label_after, confidence_after=confidence_after,
+            forwards=found.forwards[final].cpu().numpy(), backwards=found.backwards[final].cpu().numpy(),
+            queries=found.queries[final].cpu().numpy(),
+        )  # fmt: skip
+        broken = ids[won].tolist()
+        points = dict(zip(broken, found.x[final[won]].cpu().numpy()))
+        inputs = dict(zip(broken, self.x[ids[won]].cpu().numpy()))
+        self.run.ledger.put_results(index, rows, points, inputs)
+
+    def _certify(self, certificate: Any) -> None:
+        from mohs.certificates import certify
+
+        name = type(certificate).__name__
+        done = self.run.record().certificates().get(name)
+        known = set(() if done is None else done.example.tolist())
+        todo = [i for i in range(len(self.x)) if i not in known]
+        for at in range(0, len(todo), self.batch):
+            part = torch.tensor(todo[at : at + self.batch], device=self.x.device)
+            self.notify(name, at, len(todo), 0)
+            proof = certify(certificate, self.model, self.x[part], self.y[part], self.threat)
+            rows = records.CertificateRows(
+                example=part.cpu().numpy(), holds=proof.holds.cpu().numpy(), radius=proof.radius.cpu().numpy()
+            )
+            self.run.ledger.put_certificates(name, rows)
+        self.notify(name, len(todo), len(todo), 0)
+
+    def _curve_attack(self) -> Any:
+        """The first iterative fixed-radius attack of the plan; its restarts are not used."""
+        return next((a for _, a in self.steps if a.finite and a.steps > 1), None)
+
+    def _loss_curves(self) -> None:
+        """Madry's figure 1: the objective against the step, several restarts of a few control examples."""
+        attack, record = self._curve_attack(), self.run.record()
+        if attack is None or record.traces():
+            return
+        chosen = np.flatnonzero(record.examples.control & record.correct)[:TRACED]
+        if not len(chosen):
+            return
+        todo = torch.from_numpy(chosen).to(self.x.device)
+        job = self._job(attack, todo, restarts=TRACE_RESTARTS, trace=True)
+        for _ in job.run():
+            pass
+        index = next(i for i, (_, a) in enumerate(self.steps) if a is attack)
+        values = job.outcome().trace
+        if values is not None:
+            for i, example in enumerate(chosen.tolist()):
+                for restart in range(TRACE_RESTARTS):
+                    self.run.ledger.put_trace(index, example, restart, values[i, restart].cpu().numpy())
+
+    def _curve(self) -> list[records.CurvePoint]:
+        """Accuracy against radius on the control subset; radii are rows, and a break holds for every larger radius."""
+        attack, record = self._curve_attack(), self.run.record()
+        control = np.flatnonzero(record.examples.control)
+        right = control[record.correct[control]]
+        points = [records.CurvePoint(eps=0.0, survived=len(right), n=len(control), source="control subset")]
+        if attack is None or not len(right) or self.threat.region.eps == 0:
+            return points
+        radii = [r * self.threat.region.eps for r in CURVE]
+        if self.threat.region.name.startswith("l0"):
+            radii = sorted({max(1, round(r)) for r in radii})
+        todo = torch.from_numpy(right).to(self.x.device)
+        self.notify("radii", 0, len(todo), 0)
+        eps = torch.tensor(radii, device=self.x.device).repeat_interleave(len(todo))
+        job = self._job(attack, todo.repeat(len(radii)), eps=eps)
+        for _ in job.run():
+            pass
+        broken = job.success.view(len(radii), -1).cummax(0).values
+        known = torch.from_numpy(record.breaker[right] >= 0)
+        for radius, row in zip(radii, broken.cpu()):
+            gone = (row | known) if radius >= self.threat.region.eps else row
+            points.append(
+                records.CurvePoint(eps=radius, survived=int((~gone).sum()), n=len(control), source="control subset")
+            )
+        self.notify("radii", len(todo), len(todo), 0)
+        return points
+
+    # ---- summaries --------------------------------------------------------------------------------------
+
+    def _summaries(self, record: records.Record) -> list[records.AttackSummary]:
+        seconds = self.run.ledger.seconds()
+        summaries, alive = [], record.correct.copy()
+        for index, (step, attack) in enumerate(self.steps):
+            if index not in record.attacks:
+                continue
+            rows = record.results(index)
+            broke = np.zeros(record.n, dtype=bool)
+            broke[rows.example[rows.success]] = True
+            control = record.examples.control & record.correct
+            given = int(alive.sum())
+            newly = int((alive & broke).sum())
+            alive &= ~broke
+            summaries.append(
+                records.AttackSummary(
+                    index=index, name=step.label, config=repr(attack), access=attack.needs.name, given=given,
+                    broke=newly, accuracy_after=float(alive.mean()), alone_broke=int((control & broke).sum()),
+                    alone_n=int(control.sum()), forwards=int(rows.forwards.sum()),
+                    backwards=int(rows.backwards.sum()), queries=int(rows.queries.sum()),
+                    seconds=seconds.get(index, 0.0),
+                )
+            )  # fmt: skip
+        return summaries
+
+    @staticmethod
+    def _proofs(record: records.Record) -> list[records.CertificateSummary]:
+        return [
+            records.CertificateSummary(name=name, certified=int(rows.holds.sum()), n=len(rows), note="deterministic")
+            for name, rows in record.certificates().items()
+        ]
+
+    # ---- small helpers ----------------------------------------------------------------------------------
+
+    def _aims(self, step: PlanStep) -> int:
+        return min(step.aims, max(self.classes - 1, 0))
+
+    def _job(self, attack: Any, todo: Tensor, **settings: Any) -> Job:
+        return Job(
+            attack, self.model, self.x[todo], self.y[todo], self.threat, seed=self.seed, batch=self.batch, **settings
+        )
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return x[torch.arange(self.batch, device=x.device).clamp_max(len(x) - 1)]
+
+    def _answers(self, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(label, margin of the true class, confidence) of the model, in the fixed batch shape."""
+        labels, margins, confidences = [], [], []
+        for at in range(0, len(x), self.batch):
+            part, rows = x[at : at + self.batch], min(self.batch, len(x) - at)
+            with torch.inference_mode():
+                logits = classify(self.model, self._padded(part))[:rows]
+            if int(y.max()) >= logits.shape[1]:
+                high = (y >= logits.shape[1]).nonzero().flatten().tolist()
+                raise ModelError(
+                    f"The model has {logits.shape[1]} classes, but labels reach {int(y.max())} ({rows_text(high)}). "
+                    "Check that model and data belong together."
+                )
+            p, label = logits.softmax(1).max(1)
+            labels.append(label)
+            confidences.append(p)
+            margins.append(-Goal.leave(y[at : at + rows]).margin(logits))
+        if not labels:
+            return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
+        return tuple(torch.cat(v).cpu().numpy() for v in (labels, margins, confidences))  # type: ignore[return-value]

@@ -1,0 +1,85 @@
+"""Replay: re-score the stored adversarial examples of a record on the model, without attacking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from mohs.errors import RecordError
+from mohs.models import weights_hash
+from mohs.problem import Goal
+from mohs.records import Record
+from mohs.target import classify, rounding
+from mohs.threat import Threat
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a second look at the evidence gave.
+
+    Attributes:
+        points: adversarial examples looked at.
+        confirmed: of these, inside region and box and answered wrongly.
+        outside: (attack, example) of those outside the region or the box.
+        right: (attack, example) of those the model answers rightly now.
+        same_model: do the weights have the recorded hash?
+    """
+
+    points: int
+    confirmed: int
+    outside: list[tuple[int, int]]
+    right: list[tuple[int, int]]
+    same_model: bool
+
+    @property
+    def holds(self) -> bool:
+        """Was every stored adversarial example confirmed?"""
+        return self.confirmed == self.points
+
+
+def replay(record: Record, model: nn.Module) -> Replayed:
+    """Look at every stored adversarial example again, in the recorded batch shape.
+
+    Args:
+        record: of a finished or interrupted run; its rows are first compared with their digest if it is finished.
+        model: the model under test, in eval mode; another one answers whether the examples transfer to it.
+
+    Returns:
+        What was confirmed and what was not. Cost: one forward per stored example.
+
+    Raises:
+        RecordError: the rows were changed after the run, or hold points without their clean inputs.
+    """
+    if record.header.status == "complete":
+        record.verify()
+    threat = Threat.from_dict(record.header.threat)
+    batch = record.header.batch or 256
+    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    points = confirmed = 0
+    outside: list[tuple[int, int]] = []
+    right: list[tuple[int, int]] = []
+    for attack in record.attacks:
+        examples, found = record.points(attack)
+        known, clean = record.inputs(examples.tolist())
+        if not np.array_equal(known, examples):
+            raise RecordError(f"{record.dir} lacks the clean inputs of attack {attack}; it cannot be replayed.")
+        for at in range(0, len(examples), batch):
+            ids = examples[at : at + batch]
+            x = torch.from_numpy(found[at : at + batch]).to(device)
+            x0 = torch.from_numpy(clean[at : at + batch]).to(device)
+            y = torch.from_numpy(record.examples.label[ids]).to(device)
+            eps = torch.full((len(x),), threat.region.eps, dtype=x.dtype, device=device)
+            inside = threat.region.contains(x, x0, eps)
+            inside &= (x.flatten(1).amin(1) >= threat.box[0]) & (x.flatten(1).amax(1) <= threat.box[1])
+            with torch.inference_mode():
+                fill = torch.arange(batch, device=device).clamp_max(len(x) - 1)
+                logits = classify(model, x[fill])[: len(x)]
+            met = Goal.leave(y).margin(logits) > rounding(logits)
+            points += len(ids)
+            confirmed += int((inside & met).sum())
+            outside += [(attack, int(i)) for i in ids[(~inside).cpu().numpy()]]
+            right += [(attack, int(i)) for i in ids[(~met).cpu().numpy()]]
+    return Replayed(points, confirmed, outside, right, weights_hash(model) == record.header.subject.weights_sha256)
