@@ -99,9 +99,7 @@ def read_cifar10(folder: Path, split: str) -> Raw:
 
 def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if path.stat().st_size > _MAX_FILE:
-        raise DataError(
-            f"{path}: {path.stat().st_size:,} bytes, more than the {_MAX_FILE:,} a batch may have."
-        )
+        raise DataError(f"{path}: {path.stat().st_size:,} bytes, more than the {_MAX_FILE:,} a batch may have.")
     try:
         with path.open("rb") as stream:
             batch = _Unpickler(stream, encoding="bytes").load()
@@ -112,16 +110,10 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # a damaged pickle can fail in any way
         raise DataError(f"{path}: not a readable batch ({error}). Unpack the archive again.") from error
     # keys are bytes in the originals (Python 2), text in files saved again
-    fields = (
-        {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in batch.items()}
-        if _is_dict(batch)
-        else {}
-    )
+    fields = {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in batch.items()} if _is_dict(batch) else {}
     data, labels = fields.get("data"), fields.get("labels")
     if not isinstance(data, _Array) or not isinstance(labels, list):
-        raise DataError(
-            f"{path}: not a CIFAR-10 batch; it must hold 'data' (an array) and 'labels' (a list)."
-        )
+        raise DataError(f"{path}: not a CIFAR-10 batch; it must hold 'data' (an array) and 'labels' (a list).")
     try:
         x = data.checked()
         if x.ndim != 2 or x.shape[1] != _PIXELS:

@@ -18,9 +18,7 @@ _GREY, _COLOUR = ("1", "L"), ("P", "RGB")
 def read_folder(folder: Path, split: str) -> Raw:
     """All images, round robin over the classes so that any first part of the set is balanced."""
     if not folder.is_dir():
-        raise DataError(
-            f"folder:{folder} is not a directory; name the one that holds a sub-folder per class."
-        )
+        raise DataError(f"folder:{folder} is not a directory; name the one that holds a sub-folder per class.")
     if (folder / split).is_dir() and any(p.is_dir() for p in (folder / split).iterdir()):
         folder = folder / split
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -28,18 +26,13 @@ def read_folder(folder: Path, split: str) -> Raw:
         raise DataError(f"folder:{folder} has no sub-folders; it needs one per class, named like the class.")
     files = [_images(folder / name) for name in classes]
     queue = [
-        (path, label)
-        for turn in itertools.zip_longest(*files)
-        for label, path in enumerate(turn)
-        if path is not None
+        (path, label) for turn in itertools.zip_longest(*files) for label, path in enumerate(turn) if path is not None
     ]
     size, mode = _survey([path for path, _ in queue])
     channels = 1 if mode == "L" else 3
     total = len(queue) * channels * size[0] * size[1]
     if total > MAX_BYTES:
-        raise DataError(
-            f"folder:{folder} unpacks to {total:,} bytes, more than the {MAX_BYTES:,} read. Split it."
-        )
+        raise DataError(f"folder:{folder} unpacks to {total:,} bytes, more than the {MAX_BYTES:,} read. Split it.")
     x = np.empty((len(queue), channels, size[1], size[0]), np.uint8)
     for row, (path, _) in enumerate(queue):
         pixels = _decode(path, mode)
@@ -48,9 +41,7 @@ def read_folder(folder: Path, split: str) -> Raw:
 
 
 def _images(folder: Path) -> list[Path]:
-    found = sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".")
-    )
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
     if not found:
         raise DataError(f"{folder}: no images; allowed endings are {', '.join(sorted(_SUFFIXES))}.")
     return found
@@ -88,9 +79,7 @@ def _header(path: Path) -> tuple[tuple[int, int], str]:
     if size[0] * size[1] > MAX_PIXELS:
         raise DataError(f"{path}: more than {MAX_PIXELS:,} pixels, which is refused. Scale the image down.")
     if mode not in _GREY + _COLOUR:
-        raise DataError(
-            f"{path}: pixel mode {mode}; allowed are 8-bit grey and RGB without transparency. Convert it."
-        )
+        raise DataError(f"{path}: pixel mode {mode}; allowed are 8-bit grey and RGB without transparency. Convert it.")
     return size, mode
 
 

@@ -33,12 +33,7 @@ def read_idx(folder: Path, split: str) -> Raw:
 
 def _find(folder: Path, split: str, what: str) -> Path:
     dims = "3" if what == "images" else "1"
-    names = [
-        f"{stem}-{what}{dot}idx{dims}-ubyte{end}"
-        for stem in _STEMS[split]
-        for dot in "-."
-        for end in ("", ".gz")
-    ]
+    names = [f"{stem}-{what}{dot}idx{dims}-ubyte{end}" for stem in _STEMS[split] for dot in "-." for end in ("", ".gz")]
     for place in _FOLDERS:
         for name in names:
             if (folder / place / name).is_file():
@@ -58,9 +53,7 @@ def read_array(path: Path, dims: tuple[int, ...]) -> np.ndarray:
         try:
             return _read(stream, path, dims)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(
-                f"{path}: the gzip data is damaged or cut off ({error}). Fetch the file again."
-            ) from error
+            raise DataError(f"{path}: the gzip data is damaged or cut off ({error}). Fetch the file again.") from error
 
 
 def _read(stream: BinaryIO, path: Path, dims: tuple[int, ...]) -> np.ndarray:
@@ -74,8 +67,7 @@ def _read(stream: BinaryIO, path: Path, dims: tuple[int, ...]) -> np.ndarray:
         raise DataError(f"{path}: idx type 0x{magic[2]:02x}; only unsigned bytes (0x08) are read.")
     if magic[3] not in dims:
         raise DataError(
-            f"{path}: {magic[3]} dimensions, expected {' or '.join(map(str, dims))}. "
-            "Are images and labels swapped?"
+            f"{path}: {magic[3]} dimensions, expected {' or '.join(map(str, dims))}. Are images and labels swapped?"
         )
     header = stream.read(4 * magic[3])
     if len(header) < 4 * magic[3]:
@@ -83,9 +75,7 @@ def _read(stream: BinaryIO, path: Path, dims: tuple[int, ...]) -> np.ndarray:
     shape = struct.unpack(f">{magic[3]}I", header)
     declared = math.prod(shape)
     if declared > MAX_BYTES:
-        raise DataError(
-            f"{path}: declares {declared:,} bytes, more than the {MAX_BYTES:,} that are read at once."
-        )
+        raise DataError(f"{path}: declares {declared:,} bytes, more than the {MAX_BYTES:,} that are read at once.")
     # one byte beyond the declared size tells a longer file, and no bomb can make us unpack more than that
     data = stream.read(declared + 1)
     if len(data) != declared:

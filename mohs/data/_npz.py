@@ -34,18 +34,14 @@ def read_npz(path: Path, split: str) -> Raw:
             x, y = _array(archive, x_name, path), _array(archive, y_name, path)
             classes = _array(archive, "classes", path) if "classes" in names else np.empty(0, "U1")
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DataError(
-            f"{path}: not a readable npz archive ({error}). Save it again with numpy.savez."
-        ) from error
+        raise DataError(f"{path}: not a readable npz archive ({error}). Save it again with numpy.savez.") from error
     return Raw(_inputs(x, path), _labels(y, path), _classes(classes, path))
 
 
 def _array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     info = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
     if info.file_size > MAX_BYTES:
-        raise DataError(
-            f"{path}: array {name} unpacks to {info.file_size:,} bytes, more than the {MAX_BYTES:,} read."
-        )
+        raise DataError(f"{path}: array {name} unpacks to {info.file_size:,} bytes, more than the {MAX_BYTES:,} read.")
     try:
         with archive.open(info) as stream:
             # the header is checked against the real size before numpy sets memory aside for what it claims
@@ -68,9 +64,7 @@ def _array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(
-            f"{path}: array {name} is damaged ({error}). Save it again with numpy.savez."
-        ) from error
+        raise DataError(f"{path}: array {name} is damaged ({error}). Save it again with numpy.savez.") from error
 
 
 def _inputs(x: np.ndarray, path: Path) -> np.ndarray:
@@ -91,20 +85,15 @@ def _inputs(x: np.ndarray, path: Path) -> np.ndarray:
 
 def _labels(y: np.ndarray, path: Path) -> np.ndarray:
     if y.dtype.kind not in "iu":
-        raise DataError(
-            f"{path}: y has type {y.dtype}; labels must be whole numbers. Save y.astype('int64')."
-        )
+        raise DataError(f"{path}: y has type {y.dtype}; labels must be whole numbers. Save y.astype('int64').")
     if y.ndim != 1:
         raise DataError(
-            f"{path}: y has shape {list(y.shape)}; labels must be [N]. "
-            "One-hot labels: y.argmax(1); a column: y[:, 0]."
+            f"{path}: y has shape {list(y.shape)}; labels must be [N]. One-hot labels: y.argmax(1); a column: y[:, 0]."
         )
     return y
 
 
 def _classes(names: np.ndarray, path: Path) -> tuple[str, ...]:
     if names.ndim != 1 or names.dtype.kind not in "US":
-        raise DataError(
-            f"{path}: classes must be a list of texts, got {names.dtype} of shape {list(names.shape)}."
-        )
+        raise DataError(f"{path}: classes must be a list of texts, got {names.dtype} of shape {list(names.shape)}.")
     return tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in names.tolist())

@@ -44,9 +44,7 @@ class Dataset:
     def __post_init__(self) -> None:
         x, y, name = self.x, self.y, self.name or "the data set"
         if not isinstance(x, Tensor) or x.dtype != torch.float32:
-            raise DataError(
-                f"{name}: inputs must be a float32 tensor, got {_kind(x)}. Convert with x.float()."
-            )
+            raise DataError(f"{name}: inputs must be a float32 tensor, got {_kind(x)}. Convert with x.float().")
         if not isinstance(y, Tensor) or y.dtype != torch.int64:
             raise DataError(f"{name}: labels must be an int64 tensor, got {_kind(y)}. Convert with y.long().")
         if x.dim() not in (2, 4):
@@ -55,21 +53,14 @@ class Dataset:
                 "Grey images without a channel dimension gain it with x[:, None]."
             )
         if y.dim() != 1:
-            raise DataError(
-                f"{name}: labels must be [N], got {list(y.shape)}. One-hot labels: use y.argmax(1)."
-            )
+            raise DataError(f"{name}: labels must be [N], got {list(y.shape)}. One-hot labels: use y.argmax(1).")
         if len(x) != len(y):
-            raise DataError(
-                f"{name}: {len(x)} inputs but {len(y)} labels; there must be one label per input."
-            )
+            raise DataError(f"{name}: {len(x)} inputs but {len(y)} labels; there must be one label per input.")
         if x.numel() == 0:
-            raise DataError(
-                f"{name}: no data (inputs have shape {list(x.shape)}); give at least one example."
-            )
+            raise DataError(f"{name}: no data (inputs have shape {list(x.shape)}); give at least one example.")
         if (y < 0).any():
             raise DataError(
-                f"{name}: negative labels in {_rows(y < 0)}; labels count from 0. "
-                "Subtract the smallest one first."
+                f"{name}: negative labels in {_rows(y < 0)}; labels count from 0. Subtract the smallest one first."
             )
         if not self.classes:
             if int(y.max()) >= _MAX_CLASSES:
@@ -85,9 +76,7 @@ class Dataset:
             )
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bad.any():
-            raise DataError(
-                f"{name}: NaN or infinite inputs in {_rows(bad)}; remove or repair these examples."
-            )
+            raise DataError(f"{name}: NaN or infinite inputs in {_rows(bad)}; remove or repair these examples.")
 
     def __len__(self) -> int:
         return len(self.y)
@@ -111,9 +100,7 @@ class Dataset:
             digest.update(f"{id_} {label}\n".encode())
         return digest.hexdigest()
 
-    def take(
-        self, n: int | None = None, start: int = 0, indices: Sequence[int] | Tensor | None = None
-    ) -> Dataset:
+    def take(self, n: int | None = None, start: int = 0, indices: Sequence[int] | Tensor | None = None) -> Dataset:
         """A part of the data: ``n`` examples from ``start`` on, or those at ``indices`` in that order.
 
         Args:
@@ -136,12 +123,7 @@ class Dataset:
             if n is not None or start != 0:
                 raise DataError("take() got indices together with n or start; give one or the other.")
             index = torch.as_tensor(indices)
-            if (
-                index.numel() == 0
-                or index.dim() != 1
-                or index.is_floating_point()
-                or index.dtype == torch.bool
-            ):
+            if index.numel() == 0 or index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
                 raise DataError(
                     f"take() needs indices as a non-empty list of whole numbers, got {_kind(index)} of shape "
                     f"{list(index.shape)}. A mask becomes indices with mask.nonzero().flatten()."
@@ -149,9 +131,7 @@ class Dataset:
             index = index.long()
             outside = (index < 0) | (index >= size)
             if outside.any():
-                raise DataError(
-                    f"{name} has no {rows_text(index[outside].tolist())}; positions 0 to {size - 1} exist."
-                )
+                raise DataError(f"{name} has no {rows_text(index[outside].tolist())}; positions 0 to {size - 1} exist.")
             return Dataset(self.x[index], self.y[index], self.classes, self.name)
         if start < 0 or start >= size:
             raise DataError(f"{name} has {size} examples, so start may be 0 to {size - 1}; got {start}.")

@@ -95,15 +95,11 @@ def load(spec: str, *, split: str = "test", n: int | None = None) -> Dataset:
     else:
         path = Path(place).expanduser()
         if not path.exists():
-            raise DataError(
-                f"{spec}: there is no {path}. Check the path; relative ones start at {Path.cwd()}."
-            )
+            raise DataError(f"{spec}: there is no {path}. Check the path; relative ones start at {Path.cwd()}.")
         try:
             raw = _READERS[scheme](path, split)
         except OSError as error:
-            raise DataError(
-                f"{spec}: cannot be read ({error}). Check the path and its permissions."
-            ) from error
+            raise DataError(f"{spec}: cannot be read ({error}). Check the path and its permissions.") from error
     return _finish(raw, spec, n)
 
 
