@@ -28,9 +28,7 @@ def images(n: int = 4, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, 5, 6), dtype=np.uint8)
 
 
-def write_idx(
-    folder: Path, x: bytes | np.ndarray, y: bytes | np.ndarray, stem: str = "t10k", end: str = ""
-) -> Path:
+def write_idx(folder: Path, x: bytes | np.ndarray, y: bytes | np.ndarray, stem: str = "t10k", end: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for what, dims, part in (("images", 3, x), ("labels", 1, y)):
         data = idx_bytes(part) if isinstance(part, np.ndarray) else part
@@ -89,9 +87,7 @@ def test_mnist_from_outside() -> None:
 
 
 def small() -> Dataset:
-    return Dataset(
-        torch.rand(6, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
-    )
+    return Dataset(torch.rand(6, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2]))
 
 
 def test_unpacks_and_counts() -> None:

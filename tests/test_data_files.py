@@ -32,13 +32,7 @@ def python2_batch(data: np.ndarray, labels: list[int], fortran: bool = False) ->
     def number(k: int) -> bytes:
         return b"J" + struct.pack("<i", k)
 
-    start = (
-        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
-        + number(0)
-        + b"\x85"
-        + text(b"b")
-        + b"\x87R"
-    )
+    start = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + number(0) + b"\x85" + text(b"b") + b"\x87R"
     dtype = b"cnumpy\ndtype\n" + text(b"u1") + number(0) + number(1) + b"\x87R"
     dtype += b"(" + number(3) + text(b"|") + b"NNN" + number(-1) + number(-1) + number(0) + b"tb"
     shape = number(data.shape[0]) + number(data.shape[1]) + b"\x86"
@@ -48,9 +42,7 @@ def python2_batch(data: np.ndarray, labels: list[int], fortran: bool = False) ->
     return b"\x80\x02}(" + text(b"data") + start + state + text(b"labels") + listed + b"u."
 
 
-@pytest.mark.parametrize(
-    "form", ["python 2", "python 2, column order", "protocol 2", "protocol 4", "protocol 5"]
-)
+@pytest.mark.parametrize("form", ["python 2", "python 2, column order", "protocol 2", "protocol 4", "protocol 5"])
 def test_cifar_round_trip(tmp_path: Path, form: str) -> None:
     x = np.random.default_rng(0).integers(0, 256, (3, 3072), dtype=np.uint8)
     if form.startswith("python 2"):
@@ -252,8 +244,6 @@ def test_folder_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_folder_refuses_pixel_bombs_by_their_header(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     # a bitmap header that claims 60,000 x 60,000 pixels
-    head = struct.pack("<2sIHHI", b"BM", 54, 0, 0, 54) + struct.pack(
-        "<IiiHHIIiiII", 40, 60000, 60000, 1, 24, *[0] * 6
-    )
+    head = struct.pack("<2sIHHI", b"BM", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 60000, 60000, 1, 24, *[0] * 6)
     (tmp_path / "a" / "1.bmp").write_bytes(head)
     refused("pixels, which is refused", f"folder:{tmp_path}")
