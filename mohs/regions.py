@@ -26,7 +26,7 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _largest(v: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(v.flatten(1), math.inf, dim=1)
+    return v.abs().flatten(1).amax(1)  # ten times faster on a CPU than vector_norm with p = inf
 
 
 def _unit_scale(v: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Lp:
     @property
     def name(self) -> str:
         """The short form's first word, such as ``linf``."""
-        return f"l{self.p:g}"
+        return f"l{self.p:g}" if float(f"{self.p:g}") == self.p else f"l{self.p!r}"
 
     def measure(self, x: Tensor, x0: Tensor) -> Tensor:
         """Size of the change, [B], in the region's own unit."""
@@ -149,10 +149,15 @@ class Linf(Lp):
         """The sign of g."""
         return g.sign()
 
+    def measure(self, x: Tensor, x0: Tensor) -> Tensor:
+        """Largest change of a coordinate, [B]."""
+        return (x - x0).abs_().flatten(1).amax(1)
+
     def project(self, x: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
         """The nearest point of ball and box: clip the change, then the point."""
         radius = per_row(eps, x)
-        return (x - x0).clamp_(-radius, radius).add_(x0).clamp_(*box)
+        change = torch.minimum(x - x0, radius)  # clamp with broadcast bounds is several times slower
+        return torch.maximum(change, -radius, out=change).add_(x0).clamp_(*box)
 
     def start(self, x0: Tensor, eps: Tensor, box: Box, key: Tensor) -> Tensor:
         """Uniform in the cube, clipped to the box (Madry et al.)."""
@@ -179,9 +184,8 @@ class L1(Lp):
         room = torch.where(flat > 0, box[1] - clean, clean - box[0]).masked_fill_(flat == 0, 0.0)
         order = flat.abs().argsort(dim=1, descending=True, stable=True)
         sorted_room = room.gather(1, order)
-        before = (
-            sorted_room.cumsum(1).sub_(sorted_room).nan_to_num_(nan=math.inf)
-        )  # an infinite room takes all
+        # spent before each coordinate; not cumsum - room, which is inf - inf where the box has no bound
+        before = torch.nn.functional.pad(sorted_room.cumsum(1)[:, :-1], (1, 0))
         spend = torch.minimum((eps.unsqueeze(1) - before).clamp_min_(0.0), sorted_room)
         change = torch.zeros_like(flat).scatter_(1, order, spend) * flat.sign()
         return (clean + change).view_as(x0).clamp_(*box)
@@ -304,7 +308,8 @@ class L0:
         **Source**: F. Croce, M. Hein, "Sparse and imperceivable adversarial attacks", ICCV 2019, section 4 (PGD0).
         """
         unit = _unit_scale(g)
-        mean = unit.abs().flatten(1).mean(1).clamp_min_(torch.finfo(g.dtype).tiny)
+        mean = unit.abs().flatten(1).mean(1)
+        mean.masked_fill_(mean == 0, 1.0)  # no gradient, no step
         return x + unit * per_row(size / mean, x)
 
     def project(self, x: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:

@@ -43,14 +43,19 @@ def classify(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             f"The model answered with shape {tuple(logits.shape)} to {len(x)} inputs of shape {tuple(x.shape[1:])}. "
             f"Allowed: [N, K] logits, or one logit [N] or [N, 1] for two classes. Flatten or wrap the model."
         )
+    if torch.finfo(logits.dtype).bits > torch.finfo(x.dtype).bits:
+        logits = logits.to(x.dtype)  # row tensors have the precision of the inputs
     if logits.shape[1] == 1:
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
     return logits
 
 
 def rounding(logits: Tensor) -> Tensor:
-    """How far a margin may move by rounding alone, [B]: a success smaller than this is none."""
-    return logits.abs().amax(1) * (8 * torch.finfo(logits.dtype).eps)
+    """How far a margin may move by rounding alone, [B]: a success smaller than this is none.
+
+    Relative to the two highest logits, which decide; a masked class at -1e9 or -inf says nothing about their rounding.
+    """
+    return logits.topk(2, dim=1).values.abs().amax(1) * (8 * torch.finfo(logits.dtype).eps)
 
 
 @dataclass
@@ -173,8 +178,11 @@ class Target:
         lead, met = self._nominate(problem, x.detach(), logits, value)
         return View(self.access, logits, lead, met, value, cotangent, problem, x, graph)
 
-    def look(self, problem: Problem, x: Tensor) -> Look:
-        """Look at ``x`` [B, ...] without gradients. Cost: one forward, one query."""
+    def look(self, problem: Problem, x: Tensor, objective: Objective | None = None) -> Look:
+        """Look at ``x`` [B, ...] without gradients. Cost: one forward, one query.
+
+        ``objective`` is what 'best' means where no success is found; the default is the logit margin.
+        """
         if self.access < Access.LABEL:
             raise AccessError(
                 "The attack asked for a look at the model; the threat grants none (transfer only). "
@@ -185,7 +193,8 @@ class Target:
         logits = logits.clone()  # an inference tensor must not leave the door
         if int(problem.goal.label.amax()) >= logits.shape[1]:
             _refuse_labels(problem, logits.shape[1])
-        lead, met = self._nominate(problem, x.detach(), logits, None)
+        value = None if objective is None else objective(logits, problem.goal)[0]
+        lead, met = self._nominate(problem, x.detach(), logits, value)
         return Look(self.access, logits, lead, met)
 
     def _nominate(
@@ -207,8 +216,9 @@ class Target:
         if problem.threat.minimum:
             if not bool((met & live).any()):
                 return lead, met
-            score = -region.measure(x, problem.x0)
-            better = met & live & (score > found.score)
+            size = region.measure(x, problem.x0)
+            score = -size
+            better = met & live & (score > found.score) & (size <= problem.eps)
         else:
             # a point that meets the goal beats any that does not; among equals the higher objective wins
             score = value
@@ -217,7 +227,8 @@ class Target:
                 return lead, met
             better &= region.contains(x, problem.x0, problem.eps)
         better &= _in_box(x, box)
-        found.x = torch.where(better.view(-1, *[1] * (x.dim() - 1)), x, found.x)
+        rows = better.nonzero().squeeze(1)
+        found.x.index_copy_(0, rows, x.index_select(0, rows))
         found.met = found.met | (better & met)
         found.score = torch.where(better, score, found.score)
         found.margin = torch.where(better, lead, found.margin)

@@ -19,10 +19,13 @@ from mohs.threat import Access
 
 @dataclass
 class DeepFoolState(State):
-    """``classes`` [B, c]: the candidates; ``norm`` [B, c]: the dual gradient norm of each when last linearised."""
+    """``classes`` [B, c]: the candidates; ``norm`` [B, c]: the dual gradient norm of each when last linearised;
+    ``gap`` [B]: logits to the nearest boundary at the last step; ``push`` [B]: logits to go beyond it."""
 
     classes: Tensor | None = None
     norm: Tensor | None = None
+    gap: Tensor | None = None
+    push: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class DeepFool:
     >>> round(float(out.size), 3)  # exactly 0.2 / sqrt(2)
     0.141
 
-    **Differs from the paper**: inside a box, coordinates at their bound do not count for the step; later steps linearise
+    **Differs from the paper**: steps are clipped to the box, and a row whose last step gained less than half of what it
+    promised drops the coordinates at their bound from the next one (dropping them always is faster but overshoots: 5% larger
+    changes on a small convolutional net); later steps linearise
     only the ``revisit`` nearest candidates (set it to ``candidates`` for the paper's algorithm 2 to the letter); linearised
     at x0 + (1 + overshoot) r, where the stopping test looks, as the authors' code does; each step also covers the
     rounding of the logits; a targeted form (nearest boundary to one class).
@@ -88,25 +93,34 @@ class DeepFool:
         """Linearise, find the nearest boundary, step just across it."""
         x, box, region = state.x, problem.threat.box, problem.threat.region
         view = problem.linearize(x)
-        classes, norm = state.classes, state.norm
-        if classes is None or norm is None:
+        logits = view.logits
+        classes, norm, last, push = state.classes, state.norm, state.gap, state.push
+        if classes is None or norm is None or last is None or push is None:
             classes = self._candidates(problem, view)
             norm = torch.ones_like(classes, dtype=x.dtype)
-        logits = view.logits
-        slack = 2 * rounding(logits)
+            last = torch.full_like(logits[:, 0], math.inf)
+            push = 2 * rounding(logits)
         raised, lowered = _pairs(problem, view, classes)
-        gap = (logits.gather(1, lowered) - logits.gather(1, raised)).clamp_min_(0.0) + slack.unsqueeze(1)
+        gap = (logits.gather(1, lowered) - logits.gather(1, raised)).clamp_min_(0.0)
+        # a step that gained less than half of what it promised: the box has eaten it, or it was below the resolution of x.
+        # From now on only coordinates that can still move count, and the row is pushed twice as far beyond the boundary
+        stuck = gap.amin(1) > 0.5 * last
+        last = gap.amin(1)
+        push = torch.where(stuck, 2 * push, 2 * rounding(logits))
+        gap = gap + push.unsqueeze(1)
         order = (gap / norm).argsort(dim=1, stable=True)
         visits = classes.shape[1] if k == 0 else min(self.revisit, classes.shape[1])
 
-        nearest = torch.full_like(slack, math.inf)
+        nearest = torch.full_like(push, math.inf)
         best = torch.zeros_like(x)
         norm = norm.clone()
         for j in range(visits):
             c = order[:, j : j + 1]
             cotangent = torch.zeros_like(logits)
             cotangent.scatter_(1, raised.gather(1, c), 1.0).scatter_(1, lowered.gather(1, c), -1.0)
-            w = _free(view.pull(cotangent, keep=j < visits - 1), x, box)
+            w = view.pull(cotangent, keep=j < visits - 1)
+            if bool(stuck.any()):
+                w = torch.where(per_row(stuck, x), _free(w, x, box), w)
             dual = region.dual(w)
             norm.scatter_(1, c, dual.unsqueeze(1))
             distance = gap.gather(1, c).squeeze(1) / dual
@@ -116,7 +130,7 @@ class DeepFool:
         lost = nearest.isinf()  # no candidate has a gradient: nowhere to go
         length = (1 + self.overshoot) * nearest.masked_fill(lost, 0.0)
         x = (x + per_row(length, x) * region.steepest(best)).clamp_(*box)
-        return DeepFoolState(x, view.met | lost, classes, norm)
+        return DeepFoolState(x, view.met | lost, classes, norm, last, push)
 
     def _candidates(self, problem: Problem, view: View) -> Tensor:
         """Rivals of highest logit, [B, c]; one of them where the row has a class to reach or to aim at."""
@@ -141,4 +155,4 @@ def _free(w: Tensor, x: Tensor, box: tuple[float, float]) -> Tensor:
     """The gradient without the coordinates that the box does not let follow it."""
     if math.isinf(box[0]) and math.isinf(box[1]):
         return w
-    return w.masked_fill_(((x >= box[1]) & (w > 0)) | ((x <= box[0]) & (w < 0)), 0.0)
+    return w.masked_fill(((x >= box[1]) & (w > 0)) | ((x <= box[0]) & (w < 0)), 0.0)

@@ -101,8 +101,8 @@ def attack(
             class still counts as success (multi-targeted); 0: no aim.
         eps: a radius per example [N], instead of the threat's.
         seed: of the random streams; the global generators are not touched.
-        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 256,
-            or the next power of two for fewer rows.
+        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 64 on
+            a CPU, 256 elsewhere, or the next power of two for fewer rows.
         stop: when a row ends; default: at the first success at a finite radius, else when the budget is spent.
         trace: keep the objective at every look (implies that the budget is spent).
         guide: a differentiable stand-in that gives the gradients; successes are confirmed on ``model``.
@@ -137,6 +137,8 @@ class Job:
     ) -> None:  # fmt: skip
         check_inputs(x, y, threat, targets=targets, eps=eps, restarts=restarts, aims=aims, batch=batch)
         check_mode(model)
+        if guide is not None:
+            check_mode(guide)
         if attack.needs > threat.access:
             raise AccessError(
                 f"{attack!r} needs access {attack.needs.name}; the threat {threat} grants {threat.access.name}. "
@@ -160,7 +162,8 @@ class Job:
             raise UsageError(
                 "stop=Stop.SUCCESS contradicts a trace or an infinite radius, which spend the whole budget."
             )
-        self.batch = batch or min(256, 1 << max(0, (len(x) * self.rows - 1).bit_length()))
+        usual = 64 if x.device.type == "cpu" else 256  # small batches leave small holes; a GPU wants to be filled
+        self.batch = batch or min(usual, 1 << max(0, (len(x) * self.rows - 1).bit_length()))
         count = (len(x), self.rows)
         integers = {"dtype": torch.int64, "device": x.device}
         self.finished = torch.zeros(count, dtype=torch.bool, device=x.device)
@@ -224,7 +227,8 @@ class Job:
         ranked = []
         for part in torch.arange(len(self.x), device=self.x.device).split(self.batch):
             problem = self._padded(self._problem(part, torch.zeros_like(part)))
-            logits = problem.look(problem.x0).logits
+            with _QuietGenerators(self.seed, int(part[0]), 0):
+                logits = problem.look(problem.x0).logits
             aims = logits.scatter(1, problem.goal.label.unsqueeze(1), -math.inf).argsort(
                 dim=1, descending=True
             )
@@ -286,7 +290,7 @@ class Job:
         for p, s in pairs:
             if not bool(p.found.settled.all()):  # the last iterate has not been looked at yet
                 with guarded:
-                    p.look(s.x)
+                    p.look(s.x, getattr(self.attack, "objective", None))
                 self._note(p, self.attack.steps)
             self._settle(p, torch.ones_like(p.found.settled))
             self._collect(p)
@@ -324,14 +328,13 @@ class Job:
 
     def _collect(self, problem: Problem) -> None:
         """Merge rows that have settled into their examples; padding and rows collected before are skipped."""
-        new = problem.found.settled & ~self.finished[problem.example, problem.number]
-        for number in (
-            problem.number[new].unique().tolist()
-        ):  # one number: each example at most once, but for the padding
-            rows = (new & (problem.number == number)).nonzero().squeeze(1)
-            fresh = torch.ones_like(rows, dtype=torch.bool)
-            fresh[1:] = problem.example[rows[1:]] != problem.example[rows[:-1]]
-            self._merge(problem.take(rows[fresh]), number)
+        e, n = problem.example, problem.number
+        # padding repeats the last row and is settled from the start: only the first of a run speaks for the row
+        own = torch.ones_like(problem.found.settled)
+        own[1:] = (e[1:] != e[:-1]) | (n[1:] != n[:-1])
+        new = own & problem.found.settled & ~self.finished[e, n]
+        for number in n[new].unique().tolist():  # of one number there is at most one row per example
+            self._merge(problem.take((new & (n == number)).nonzero().squeeze(1)), number)
 
     def _merge(self, p: Problem, number: int) -> None:
         e, found = p.example, p.found
