@@ -52,11 +52,13 @@ def header(n: int = 40, shape: tuple[int, ...] = (1, 12, 12), **fields: Any) -> 
         ),
         "data": Data(spec="bundled:fashion", n=n, hash="cd" * 32, shape=list(shape), class_names=NAMES),
         "threat": {
-            "region": {"kind": "linf", "eps": 8 / 255},
+            "region": "linf",
+            "eps": 8 / 255,
             "box": [0.0, 1.0],
-            "access": "gradient",
+            "access": "GRADIENT",
             "queries": None,
-            "knowledge": {"architecture": "exact", "weights": "exact", "training_data": "exact"},
+            "knowledge": {"weights": True, "training_data": True, "randomness": "distribution"},
+            "draws": 0,
         },
         "threat_text": "linf:8/255",
         "plan": Plan(name="standard", steps=[Step(name=a, config=c, restarts=r) for a, c, _, r in PLAN]),
@@ -65,9 +67,7 @@ def header(n: int = 40, shape: tuple[int, ...] = (1, 12, 12), **fields: Any) -> 
             python="3.11.2", torch="2.13.0", numpy="2.4.6", mohs="0.1.0", platform="Linux x86_64", threads=2
         ),
     } | fields
-    identity = identity_of(
-        {"m": content["subject"].weights_sha256, "t": content["threat"], "s": content["seed"]}
-    )
+    identity = identity_of({"m": content["subject"].weights_sha256, "t": content["threat"], "s": content["seed"]})
     return Header(**({"identity": identity} | content))
 
 
@@ -143,9 +143,7 @@ def fill(
         )
     proved = alive & (listed.clean_margin > 3)
     if not len(run.ledger.certified_by("CROWN")):
-        run.ledger.put_certificates(
-            "CROWN", CertificateRows(np.arange(n), proved, np.where(proved, 0.04, 0.01))
-        )
+        run.ledger.put_certificates("CROWN", CertificateRows(np.arange(n), proved, np.where(proved, 0.04, 0.01)))
     return summaries
 
 
@@ -189,18 +187,14 @@ def picture(i: int, label: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.stack(layers).reshape(shape).astype(np.float32)
 
 
-def build(
-    directory: Path, n: int = 40, shape: tuple[int, ...] = (1, 12, 12), seed: int = 0, **fields: Any
-) -> Path:
+def build(directory: Path, n: int = 40, shape: tuple[int, ...] = (1, 12, 12), seed: int = 0, **fields: Any) -> Path:
     """Make a complete record and return its directory."""
-    with open_run(directory, header(n, shape, **fields)) as run:
+    with open_run(directory, header(n, shape, **({"seed": seed} | fields))) as run:
         attacks = fill(run, n, shape, seed)
         record = run.record()
         survived = int(record.survived.sum())
         curve = [
-            CurvePoint(
-                eps=8 / 255 * f, survived=round(n * (0.9 - 0.45 * f**0.7)), n=n, source="standard plan"
-            )
+            CurvePoint(eps=8 / 255 * f, survived=round(n * (0.9 - 0.45 * f**0.7)), n=n, source="standard plan")
             for f in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
         ]
         curve += [
@@ -212,9 +206,7 @@ def build(
             attacks=attacks,
             curve=curve,
             certificates=[
-                CertificateSummary(
-                    name="CROWN", certified=int(certified.sum()), n=n, seconds=3.2, note="deterministic"
-                )
+                CertificateSummary(name="CROWN", certified=int(certified.sum()), n=n, seconds=3.2, note="deterministic")
             ],
             checks=CHECKS,
             verdict=Verdict(

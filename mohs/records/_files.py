@@ -121,8 +121,7 @@ def _sqlite_text(path: Path, doing: str, error: sqlite3.Error) -> str:
 
 def _full(path: Path) -> str:
     return (
-        f"the disk of {path} is full. What was recorded before is intact. "
-        "Free some space and issue the command again."
+        f"the disk of {path} is full. What was recorded before is intact. Free some space and issue the command again."
     )
 
 

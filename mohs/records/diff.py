@@ -70,8 +70,7 @@ def diff(a: Record, b: Record) -> Diff:
     pairs = [(at_a[key], j) for j, key in enumerate(keys_b) if key in at_a]
     if not pairs:
         raise RecordError(
-            f"{a.dir} and {b.dir} have no example in common ({a.n} and {b.n} examples). "
-            "Evaluate both on the same data."
+            f"{a.dir} and {b.dir} have no example in common ({a.n} and {b.n} examples). Evaluate both on the same data."
         )
     i, j = np.asarray(pairs, dtype=np.int64).T
     before, after = a.survived[i], b.survived[j]

@@ -17,8 +17,7 @@ def load_header(directory: str | Path) -> Header:
     path = Path(directory) / _files.RECORD
     if not path.is_file():
         raise RecordError(
-            f"a record was asked for, but there is no {path}. "
-            "Give the directory an evaluation wrote (its --out)."
+            f"a record was asked for, but there is no {path}. Give the directory an evaluation wrote (its --out)."
         )
     with _files.guard(path, "read the record"):
         raw = path.read_bytes()

@@ -71,9 +71,7 @@ class Ledger:
         """Create a ledger for a run of this identity; an existing file is a RecordError."""
         path = Path(path)
         if path.exists():
-            raise RecordError(
-                f"a new ledger was asked for, but {path} exists. Open it or choose another place."
-            )
+            raise RecordError(f"a new ledger was asked for, but {path} exists. Open it or choose another place.")
         with _files.guard(path, "create the ledger"):
             db = _connect(path, write=True)
             try:
@@ -105,12 +103,15 @@ class Ledger:
                 "Restore the file, or run the evaluation again into another directory."
             )
         with _files.guard(path, "open the ledger"):
-            db = _connect(path, write)
+            db = _connect(path, write=False)  # a look changes nothing, whatever the file turns out to be
             try:
                 _check_ours(db, path, check)
             except BaseException:
                 db.close()
                 raise
+            if write:
+                db.close()
+                db = _connect(path, write=True)
         return cls(path, db)
 
     def close(self) -> None:
@@ -175,9 +176,7 @@ class Ledger:
             )
         stored = set(self._ids("SELECT example FROM inputs"))
         if bare := sorted(won - set(inputs) - stored):
-            raise RecordError(
-                f"attack {attack}: {rows_text(bare)} have a point but no clean input; give `inputs`."
-            )
+            raise RecordError(f"attack {attack}: {rows_text(bare)} have a point but no clean input; give `inputs`.")
         with self._write():
             self._db.executemany(
                 "INSERT INTO results VALUES (?,?,?,?,?,?,?,?,?,?,?)",
@@ -196,23 +195,18 @@ class Ledger:
         """Record the objective after each step of one restart on one example."""
         packed = pack(np.asarray(values, dtype=np.float32))
         with self._write():
-            self._db.execute(
-                "INSERT OR REPLACE INTO traces VALUES (?,?,?,?,?,?)", (attack, example, restart, *packed)
-            )
+            self._db.execute("INSERT OR REPLACE INTO traces VALUES (?,?,?,?,?,?)", (attack, example, restart, *packed))
 
     def put_certificates(self, name: str, rows: CertificateRows) -> None:
         """Record what a certificate proved for some examples, all or nothing."""
         with self._write():
-            self._db.executemany(
-                "INSERT INTO certificates VALUES (?,?,?,?)", ((name, *row) for row in rows.as_rows())
-            )
+            self._db.executemany("INSERT INTO certificates VALUES (?,?,?,?)", ((name, *row) for row in rows.as_rows()))
 
     def add_seconds(self, attack: int, seconds: float) -> None:
         """Add to the wall-clock time of an attack; not part of the digest."""
         with self._write():
             self._db.execute(
-                "INSERT INTO seconds VALUES (?,?) "
-                "ON CONFLICT DO UPDATE SET seconds = seconds + excluded.seconds",
+                "INSERT INTO seconds VALUES (?,?) ON CONFLICT DO UPDATE SET seconds = seconds + excluded.seconds",
                 (attack, float(seconds)),
             )
 
@@ -242,9 +236,7 @@ class Ledger:
         rows = self._read(f"SELECT {names} FROM results WHERE attack=? ORDER BY example", attack)
         return Results.from_rows(rows)
 
-    def points(
-        self, attack: int, examples: Iterable[int] | None = None
-    ) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    def points(self, attack: int, examples: Iterable[int] | None = None) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """The adversarial inputs an attack found: positions [M] and points [M, ...]."""
         ids = self._ids("SELECT example FROM points WHERE attack=? ORDER BY example", attack)
         query = "SELECT dtype, shape, blob FROM points WHERE attack=? AND example=?"

@@ -30,7 +30,10 @@ class Record:
         dir: the run directory.
         header: the content of ``record.json``.
         examples: one entry per example, by position.
+        temporary: whatever must live as long as this record, such as a temporary directory.
     """
+
+    temporary: object = None
 
     def __init__(self, directory: Path, header: Header, ledger: Ledger) -> None:
         self.dir = directory
@@ -55,8 +58,7 @@ class Record:
         with Ledger.open(directory / _files.LEDGER) as ledger:
             if ledger.identity != header.identity:
                 raise RecordError(
-                    f"{directory}: ledger and record.json belong to different runs. "
-                    "Restore the directory from a copy."
+                    f"{directory}: ledger and record.json belong to different runs. Restore the directory from a copy."
                 )
             return cls(directory, header, ledger)
 
@@ -68,9 +70,7 @@ class Record:
         """
         expected = self.header.ledger_digest
         if expected is None:
-            raise RecordError(
-                f"{self.dir} has no digest: its run has not ended. Issue its command again to go on."
-            )
+            raise RecordError(f"{self.dir} has no digest: its run has not ended. Issue its command again to go on.")
         with self._ledger() as ledger:
             found = ledger.digest()
         if found != expected:
@@ -153,8 +153,7 @@ class Record:
         chosen = {"survived": self.survived, "correct": self.correct, "certified": self.certified}.get(what)
         if chosen is None:
             raise RecordError(
-                f"no interval for {what!r}: allowed are survived, correct and (after a certificate "
-                "ran) certified."
+                f"no interval for {what!r}: allowed are survived, correct and (after a certificate ran) certified."
             )
         return stats.clopper_pearson(int(chosen.sum()), self.n, alpha)
 
@@ -162,6 +161,9 @@ class Record:
         """Say in a sentence what is known, with n, interval, threat and the words "upper bound"."""
         if self.n == 0:
             return f"The record {self.dir} holds no examples."
+        if not self._results:
+            text = f"No attack ran on these {self.n:,} examples, so nothing is known about robustness under "
+            return f"{text}{self.header.threat_text} (clean accuracy {self.clean_accuracy:.1%})."
         k, (low, high) = int(self.survived.sum()), self.interval()
         text = (
             f"{self.robust_accuracy:.1%} of {self.n:,} examples survived every attack under "
@@ -192,9 +194,7 @@ class Record:
         """What each certificate proved, by name."""
         return dict(self._certificates)
 
-    def points(
-        self, attack: int, examples: Iterable[int] | None = None
-    ) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    def points(self, attack: int, examples: Iterable[int] | None = None) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """Adversarial inputs of an attack: positions [M] and points [M, ...], of all or of some examples."""
         with self._ledger() as ledger:
             return ledger.points(attack, examples)

@@ -24,9 +24,7 @@ class Columns:
     def __post_init__(self) -> None:
         sizes = {}
         for field in fields(self):
-            value: NDArray[Any] = np.atleast_1d(
-                np.asarray(getattr(self, field.name), dtype=self._dtypes()[field.name])
-            )
+            value: NDArray[Any] = np.atleast_1d(np.asarray(getattr(self, field.name), dtype=self._dtypes()[field.name]))
             object.__setattr__(self, field.name, value)
             sizes[field.name] = len(value)
         if len(set(sizes.values())) > 1:

@@ -25,9 +25,7 @@ class Run:
         resumed: whether the directory held an earlier part of this run.
     """
 
-    def __init__(
-        self, directory: Path, header: Header, ledger: Ledger, lock: _files.Lock, resumed: bool
-    ) -> None:
+    def __init__(self, directory: Path, header: Header, ledger: Ledger, lock: _files.Lock, resumed: bool) -> None:
         self.dir = directory
         self.header = header
         self.ledger = ledger

@@ -114,9 +114,7 @@ class AttackSummary(_Part):
     given: int = Field(default=0, ge=0, description="rows that were still right when it began")
     broke: int = Field(default=0, ge=0, description="of those")
     accuracy_after: float | None = None
-    alone_broke: int | None = Field(
-        default=None, description="broken in the control subset, all of which it got"
-    )
+    alone_broke: int | None = Field(default=None, description="broken in the control subset, all of which it got")
     alone_n: int | None = Field(default=None, description="size of the control subset")
     forwards: int = Field(default=0, ge=0)
     backwards: int = Field(default=0, ge=0)
@@ -140,9 +138,7 @@ class CertificateSummary(_Part):
     certified: int = Field(ge=0)
     n: int = Field(ge=0, description="examples it was asked about")
     seconds: float = Field(default=0.0, ge=0)
-    note: str = Field(
-        default="", description="soundness: deterministic, or holds except with a stated probability"
-    )
+    note: str = Field(default="", description="soundness: deterministic, or holds except with a stated probability")
 
 
 class Totals(_Part):
@@ -159,9 +155,7 @@ class Header(_Part):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     status: Literal["running", "complete", "interrupted"] = "running"
-    identity: str = Field(
-        description="SHA-256 of what the results depend on; equal identities may be resumed"
-    )
+    identity: str = Field(description="SHA-256 of what the results depend on; equal identities may be resumed")
     command: str = ""
     created: datetime = Field(default_factory=lambda: utc_now())
     finished: datetime | None = None
