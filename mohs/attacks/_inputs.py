@@ -36,9 +36,7 @@ def check_inputs(
         if aims:
             raise UsageError("aims and targets exclude each other: a target is the only class that counts.")
     if eps is not None and (eps.shape != (len(x),) or bool((eps < 0).any()) or bool(eps.isnan().any())):
-        raise DataError(
-            f"eps must hold one radius >= 0 per example, shape ({len(x)},); got shape {tuple(eps.shape)}."
-        )
+        raise DataError(f"eps must hold one radius >= 0 per example, shape ({len(x)},); got shape {tuple(eps.shape)}.")
     for name, value, least in (("restarts", restarts, 1), ("aims", aims, 0), ("batch", batch, 1)):
         if value is not None and (not isinstance(value, int) or value < least):
             raise UsageError(f"{name} must be a whole number >= {least}; got {value!r}.")
@@ -51,9 +49,7 @@ def check_box(x: Tensor, threat: Threat) -> None:
         return
     bad = (~flat.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        raise DataError(
-            f"Inputs must be finite; found nan or inf in {rows_text(bad)}. Drop or repair these examples."
-        )
+        raise DataError(f"Inputs must be finite; found nan or inf in {rows_text(bad)}. Drop or repair these examples.")
     lo, hi = threat.box
     outside = ((flat.amin(1) < lo) | (flat.amax(1) > hi)).nonzero().flatten().tolist()
     if outside:
@@ -81,9 +77,7 @@ def check_mode(model: nn.Module) -> None:
             f"The model must be a torch.nn.Module; got {type(model).__name__}. Wrap a function in mohs.models.BlackBox."
         )
     for name, module in model.named_modules():
-        if module.training and isinstance(
-            module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd
-        ):
+        if module.training and isinstance(module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd):
             raise ModelError(
                 f"The model is in training mode ({name or 'model'}: {type(module).__name__}), so its answers depend on the batch or "
                 "on chance. Call model.eval() first; Mohs does not flip modes behind your back."

@@ -79,9 +79,7 @@ class DeepFool:
     def __post_init__(self) -> None:
         for name in ("steps", "candidates", "revisit"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UsageError(
-                    f"DeepFool's {name} must be a whole number >= 1; got {getattr(self, name)!r}."
-                )
+                raise UsageError(f"DeepFool's {name} must be a whole number >= 1; got {getattr(self, name)!r}.")
         if not self.overshoot >= 0:
             raise UsageError(f"DeepFool's overshoot must be >= 0; got {self.overshoot!r}.")
 

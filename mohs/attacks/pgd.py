@@ -79,6 +79,4 @@ def check_steps(steps: int, step_size: float | None) -> None:
     if not isinstance(steps, int) or steps < 1:
         raise UsageError(f"steps must be a whole number >= 1; got {steps!r}.")
     if step_size is not None and not step_size > 0:
-        raise UsageError(
-            f"step_size must be above 0 in input units, or None for the default; got {step_size!r}."
-        )
+        raise UsageError(f"step_size must be above 0 in input units, or None for the default; got {step_size!r}.")

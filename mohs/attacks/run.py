@@ -31,6 +31,11 @@ WAVE = 8
 """Batches per wave: enough to fill holes, few enough that the wave's rows stay in memory."""
 
 
+def usual_batch(device: torch.device) -> int:
+    """Physical batch size where none is asked for: small batches leave small holes, but a GPU wants to be filled."""
+    return 64 if device.type == "cpu" else 256
+
+
 class Stop(Enum):
     """When a row is settled."""
 
@@ -162,8 +167,7 @@ class Job:
             raise UsageError(
                 "stop=Stop.SUCCESS contradicts a trace or an infinite radius, which spend the whole budget."
             )
-        usual = 64 if x.device.type == "cpu" else 256  # small batches leave small holes; a GPU wants to be filled
-        self.batch = batch or min(usual, 1 << max(0, (len(x) * self.rows - 1).bit_length()))
+        self.batch = batch or min(usual_batch(x.device), 1 << max(0, (len(x) * self.rows - 1).bit_length()))
         count = (len(x), self.rows)
         integers = {"dtype": torch.int64, "device": x.device}
         self.finished = torch.zeros(count, dtype=torch.bool, device=x.device)
@@ -229,9 +233,7 @@ class Job:
             problem = self._padded(self._problem(part, torch.zeros_like(part)))
             with _QuietGenerators(self.seed, int(part[0]), 0):
                 logits = problem.look(problem.x0).logits
-            aims = logits.scatter(1, problem.goal.label.unsqueeze(1), -math.inf).argsort(
-                dim=1, descending=True
-            )
+            aims = logits.scatter(1, problem.goal.label.unsqueeze(1), -math.inf).argsort(dim=1, descending=True)
             if self.aims > logits.shape[1] - 1:
                 raise UsageError(
                     f"aims={self.aims}, but the model has {logits.shape[1]} classes, so at most {logits.shape[1] - 1} others."
@@ -251,9 +253,7 @@ class Job:
         else:
             goal = Goal.leave(self.y[example])
         key = streams.derive(self.key[example], number // max(self.aims, 1))
-        return Problem(
-            self.target, self.threat, x0, self.eps[example], goal, key, example, number, Findings.none(x0)
-        )
+        return Problem(self.target, self.threat, x0, self.eps[example], goal, key, example, number, Findings.none(x0))
 
     def _padded(self, problem: Problem) -> Problem:
         """Fill up to the physical batch with settled copies of the last row: every pass has the same shape."""

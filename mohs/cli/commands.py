@@ -32,9 +32,7 @@ _what = Group("What is evaluated", sort_key=0)
 _how = Group("How", sort_key=1)
 
 Model = Annotated[str, Parameter(group=_what, help="bundled:NAME, package.module:factory, FILE.pt2 or FILE.onnx")]
-Data = Annotated[
-    str, Parameter(group=_what, help="bundled:NAME, idx:DIR, cifar10:DIR, npz:FILE or folder:DIR")
-]
+Data = Annotated[str, Parameter(group=_what, help="bundled:NAME, idx:DIR, cifar10:DIR, npz:FILE or folder:DIR")]
 ThreatText = Annotated[
     str, Parameter(group=_what, help="such as linf:8/255, l2:0.5, l1:10, l0:20, or 'linf:8 in [0, 255]'")
 ]
@@ -44,7 +42,10 @@ Weights = Annotated[
 Count = Annotated[int | None, Parameter(name=["--n"], group=_what, help="only the first N examples")]
 Split = Annotated[Literal["test", "train"], Parameter(group=_what, help="which part of the data set")]
 Seed = Annotated[int, Parameter(group=_how, help="of all randomness")]
-Batch = Annotated[int, Parameter(group=_how, help="physical batch size; equal sizes give identical results")]
+Batch = Annotated[
+    int | None,
+    Parameter(group=_how, help="physical batch size; equal sizes give identical results (CPU: 64, else 256)"),
+]
 Stated = Annotated[float | None, Parameter(group=_how, help="clean accuracy the model is said to have, 0 to 1")]
 
 
@@ -87,9 +88,9 @@ def list_(what: Literal["attacks", "models", "data", "plans"]) -> int:
 
         rows = data.available()
     else:
-        from mohs.evaluation import available_plans
+        from mohs.evaluation import available_plans, load_plan
 
-        rows = available_plans()
+        rows = [(name, load_plan(name).description) for name in available_plans()]
     screen.listing(what, rows)
     return 0
 
@@ -115,7 +116,7 @@ def run(
     claim: Annotated[str | None, Parameter(group=_what, help="such as 'accuracy >= 0.6'")] = None,
     certify: Annotated[list[str] | None, Parameter(group=_how, help="certificates to try: ibp, crown")] = None,
     weights: Weights = None, n: Count = None, split: Split = "test", stated_accuracy: Stated = None,
-    seed: Seed = 0, batch: Batch = 256,
+    seed: Seed = 0, batch: Batch = None,
 ) -> int:  # fmt: skip
     """Attack a model, record the evidence, and give a verdict on a claim.
 
@@ -224,21 +225,30 @@ def diff(before: Path, after: Path, /) -> int:
 
 
 @app.command
-def train(recipe: str, /, *, out: Path, resume: bool = True) -> int:
+def train(
+    recipe: str, /, *, out: Path, data: str | None = None, epochs: int | None = None, seed: int | None = None,
+    resume: bool = True,
+) -> int:  # fmt: skip
     """Train a classifier by a recipe, natural or adversarial; an interrupted training goes on where it stopped.
 
     Parameters
     ----------
     recipe
-        a recipe file (.toml or .py).
+        a recipe file (.toml is data, .py is a program: run only what you trust), or the name of one in recipes/.
     out
         directory of checkpoints, weights and learning curves.
+    data
+        the training data, if not the recipe's.
+    epochs
+        passes over the data, if not the recipe's.
+    seed
+        of all randomness, if not the recipe's.
     resume
-        go on from the last checkpoint in it.
+        go on from the last checkpoint in the directory.
     """
     from mohs.cli.training import train_recipe
 
-    return train_recipe(recipe, out, resume)
+    return train_recipe(recipe, out, resume, data, epochs, seed)
 
 
 def _certificate(name: str) -> object:

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-COLOURS = {"refuted": "red", "certified": "green", "upheld so far": "green", "undecided": "yellow", "blocked": "magenta"}
+COLOURS = {
+    "refuted": "red",
+    "certified": "green",
+    "upheld so far": "green",
+    "undecided": "yellow",
+    "blocked": "magenta",
+}
 SEVERITY = {"ok": "green", "info": "blue", "warn": "yellow", "block": "red"}
 
 
@@ -91,7 +97,9 @@ def next_steps(steps: Sequence[str]) -> None:
 def replayed(rec: Record, seen: Replayed) -> None:
     """What a replay confirmed."""
     model = "the recorded weights" if seen.same_model else "OTHER weights than the recorded ones"
-    say(f"{seen.confirmed} of {seen.points} stored adversarial examples confirmed under {rec.header.threat_text} on {model}.")
+    say(
+        f"{seen.confirmed} of {seen.points} stored adversarial examples confirmed under {rec.header.threat_text} on {model}."
+    )
     for name, rows in (("outside region or box", seen.outside), ("answered rightly", seen.right)):
         if rows:
             some = ", ".join(f"{rec.attack_name(a)} on example {e}" for a, e in rows[:5])

@@ -7,7 +7,6 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 import mohs
 from mohs import records, streams
-from mohs.attacks import Job, Outcome, Stop
+from mohs.attacks import Job, Outcome
 from mohs.attacks._inputs import check_inputs
+from mohs.attacks.run import usual_batch
 from mohs.data import Dataset
 from mohs.errors import CertificateContradicted, ModelError, ThreatError, rows_text
 from mohs.evaluation import claims
@@ -50,7 +50,7 @@ def evaluate(
     out: str | Path | None = None,
     certificates: Sequence[Any] = (),
     seed: int = 0,
-    batch: int = 256,
+    batch: int | None = None,
     stated_accuracy: float | None = None,
     subject: str | None = None,
     command: str = "",
@@ -68,7 +68,7 @@ def evaluate(
             that lives as long as the returned record.
         certificates: such as ``[mohs.certificates.CROWN()]``.
         seed: of all randomness; the global generators are not touched.
-        batch: physical batch size; results are bit-identical for equal ``batch``.
+        batch: physical batch size; results are bit-identical for equal ``batch``. Default: 64 on a CPU, else 256.
         stated_accuracy: clean accuracy the model is said to have, checked against the measured one.
         subject, command: how model and run are named in the record.
         notify: progress, see ``Notify``.
@@ -93,6 +93,7 @@ def evaluate(
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), data.x.device)
     x, y = data.x.to(device), data.y.to(device)
     check_inputs(x, y, threat, batch=batch)
+    batch = batch or usual_batch(device)
     plan = load_plan(plan) if isinstance(plan, str) else plan
     claim = claims.Claim.parse(claim) if isinstance(claim, str) else claim
     run = _Evaluation(model, data, x, y, threat, plan, claim, list(certificates), seed, batch, notify)
@@ -185,13 +186,14 @@ class _Evaluation:
             run.update(curve=self._curve())
         record = run.record()
         verdict = None
-        if self.claim is not None:
+        if self.claim is not None and not len(record.contradicted):
             verdict = claims.verdict(
                 self.claim, record.n, int(record.survived.sum()),
                 certified=None if record.certified is None else int(record.certified.sum()),
                 blocked=[f.name for f in blocked], threat=str(self.threat),
             )  # fmt: skip
-        run.finish(attacks=self._summaries(record), certificates=self._proofs(record), verdict=verdict)
+        limits = self.plan.skipped(self.threat)
+        run.finish(limits=limits, attacks=self._summaries(record), certificates=self._proofs(record), verdict=verdict)
 
     def _claim(self) -> records.Claim | None:
         return None if self.claim is None else records.Claim(text=str(self.claim), tau=self.claim.tau)
