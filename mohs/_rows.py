@@ -23,9 +23,7 @@ class Rows:
         """All rows of all parts, in order; fields that are not tensors come from the first part."""
         if len(parts) == 1:
             return parts[0]
-        return replace(
-            parts[0], **{f.name: _join([getattr(p, f.name) for p in parts]) for f in fields(parts[0])}
-        )
+        return replace(parts[0], **{f.name: _join([getattr(p, f.name) for p in parts]) for f in fields(parts[0])})
 
     def __len__(self) -> int:
         for f in fields(self):

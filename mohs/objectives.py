@@ -25,6 +25,7 @@ class Objective:
         self.function = function
 
     def __call__(self, logits: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
+        """(value [B], cotangent [B, K]) of logits [B, K]."""
         return self.function(logits, goal)
 
     def __repr__(self) -> str:
@@ -41,7 +42,7 @@ def cross_entropy(logits: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
 
     >>> value, cotangent = cross_entropy(torch.tensor([[1000.0, 0.0, 0.0]]), Goal.leave(torch.tensor([0])))
     >>> value.tolist(), cotangent.tolist()
-    ([0.0], [[-1.0, 0.5, 0.5]])
+    ([-0.0], [[-1.0, 0.5, 0.5]])
 
     **Differs from the paper**: the positive factor per row; a sign or normalised step does not see it.
     **Source**: I. Goodfellow, J. Shlens, C. Szegedy, ICLR 2015, section 4; A. Madry et al., ICLR 2018, equation 2.1.

@@ -66,9 +66,7 @@ class Goal(Rows):
             rest = torch.where(self.reach.unsqueeze(1), rest, hidden)
             mine = guard
         lead = rest.amax(1) - mine.squeeze(1)
-        return torch.where(self.reach, -lead, lead).nan_to_num_(
-            nan=-math.inf, posinf=math.inf, neginf=-math.inf
-        )
+        return torch.where(self.reach, -lead, lead).nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
     @staticmethod
     def decide(logits: Tensor) -> Tensor:
@@ -84,7 +82,11 @@ class Goal(Rows):
             rest = torch.where(self.reach.unsqueeze(1), rest, hidden)
         rival = rest.argmax(1)
         rival = torch.where(self.aim >= 0, self.aim, rival)
-        return torch.where(self.reach, self.label, rival), torch.where(self.reach, rival, self.label)
+        guard = self.label
+        if self.reject is not None:
+            mine = logits.gather(1, self.label.unsqueeze(1)).squeeze(1)
+            guard = torch.where(logits[:, self.reject] > mine, self.reject, guard)
+        return torch.where(self.reach, self.label, rival), torch.where(self.reach, rival, guard)
 
     @property
     def pivot(self) -> Tensor:
@@ -123,9 +125,7 @@ class Findings(Rows):
         low = x0.new_full((rows,), -math.inf)
         flag = torch.zeros(rows, dtype=torch.bool, device=x0.device)
         count = torch.zeros(rows, dtype=torch.int64, device=x0.device)
-        return cls(
-            x0.clone(), flag, low, low.clone(), low.clone(), flag.clone(), count, count.clone(), count.clone()
-        )
+        return cls(x0.clone(), flag, low, low.clone(), low.clone(), flag.clone(), count, count.clone(), count.clone())
 
 
 @dataclass
@@ -162,9 +162,9 @@ class Problem(Rows):
         view = self.target.linearize(self, x, objective)
         return view.pull(view.cotangent)
 
-    def look(self, x: Tensor) -> Look:
+    def look(self, x: Tensor, objective: Objective | None = None) -> Look:
         """Look at ``x`` without gradients; see ``Target.look``."""
-        return self.target.look(self, x)
+        return self.target.look(self, x, objective)
 
     def start(self) -> Tensor:
         """A random point of each row's region and box."""

@@ -34,6 +34,17 @@ def _unit_scale(v: Tensor) -> Tensor:
     return v / per_row(_largest(v).clamp_min_(torch.finfo(v.dtype).tiny), v)
 
 
+def _power(v: Tensor, exponent: float) -> Tensor:
+    """v ** exponent for v >= 0, the same bits wherever in the tensor a number stands.
+
+    ``Tensor.pow`` differs in the last place between its vector loop and the scalar tail of each thread's chunk, so a row's
+    result would depend on its place in the batch; log and exp have no such tail, and float64 hides what is left.
+    """
+    if exponent in (0.5, 1.0, 2.0, 3.0):
+        return v.pow(exponent)
+    return v.double().log_().mul_(exponent).exp_().to(v.dtype)
+
+
 @dataclass(frozen=True)
 class Lp:
     """All changes of p-norm at most ``eps``, for 1 < p < inf; parent of the named balls.
@@ -54,8 +65,8 @@ class Lp:
                 f"{type(self).__name__} needs a radius; got eps={self.eps!r}. Give a number >= 0 in input units, "
                 "such as 8/255, or inf for the smallest change."
             )
-        if not self.p >= 1:
-            raise ThreatError(f"Lp needs a norm; got p={self.p!r}. Allowed: p >= 1, inf included.")
+        if type(self) is Lp and not (1 < self.p < math.inf and self.p != 2):
+            raise ThreatError(f"Lp needs 1 < p < inf, p != 2; got p={self.p!r}. Use L1, L2 or Linf for those norms.")
 
     @property
     def name(self) -> str:
@@ -91,7 +102,7 @@ class Lp:
         """The change of unit norm that gains most along ``g``: |g|^(q-1) sign(g) over its norm; zero for zero."""
         q = self._dual_exponent
         unit = _unit_scale(g)
-        direction = unit.sign() * unit.abs().pow_(q - 1)
+        direction = unit.sign() * _power(unit.abs(), q - 1)
         norm = torch.linalg.vector_norm(direction.flatten(1), self.p, dim=1)
         return direction / per_row(norm.clamp_min_(torch.finfo(g.dtype).tiny), g)
 
@@ -119,7 +130,7 @@ class Lp:
         """Scale directions so that their norm is that of a uniform point of the ball."""
         norm = torch.linalg.vector_norm(direction.flatten(1), self.p, dim=1).clamp_min_(1e-12)
         u = streams.uniform(key, (1,), draw=1, dtype=direction.dtype).squeeze(1)
-        return direction * per_row(eps * u.pow(1.0 / direction[0].numel()) / norm, direction)
+        return direction * per_row(eps * _power(u, 1.0 / direction[0].numel()) / norm, direction)
 
     def default_step(self, eps: Tensor, steps: int, box: Box) -> Tensor:
         """2.5 * eps / steps: far enough to cross the ball and come back (Madry et al.)."""
@@ -232,9 +243,7 @@ class L1(Lp):
         threshold = kinks.gather(1, at) + (norm.gather(1, at) - eps.unsqueeze(1)) / drop.clamp_min(1.0)
         threshold = threshold.masked_fill(~over.unsqueeze(1), 0.0)
         kept = torch.minimum((size - threshold).clamp_min_(0.0), room)
-        shrink = (eps / kept.sum(1).clamp_min_(torch.finfo(x.dtype).tiny)).clamp_(
-            max=1.0
-        )  # only rounding is left
+        shrink = (eps / kept.sum(1).clamp_min_(torch.finfo(x.dtype).tiny)).clamp_(max=1.0)  # only rounding is left
         return (clean + d.sign() * kept * shrink.unsqueeze(1)).view_as(x).clamp_(*box)
 
     def start(self, x0: Tensor, eps: Tensor, box: Box, key: Tensor) -> Tensor:
@@ -278,11 +287,13 @@ class L0:
         """[B] bool: are few enough positions changed?"""
         return self.measure(x, x0) <= eps
 
-    def dual(self, w: Tensor) -> Tensor:
-        """L0 is no norm and has no dual."""
+    def steepest(self, g: Tensor) -> Tensor:
+        """L0 is no norm: it has no direction of unit length and no dual."""
         raise ThreatError(
             "This attack follows a norm; got the threat l0. Allowed: l1, l2, linf and other p >= 1. Use PGD or a sparse attack for l0."
         )
+
+    dual = steepest
 
     def _keep(self, x: Tensor, x0: Tensor, score: Tensor, eps: Tensor) -> Tensor:
         """Undo all changes but those at the ``eps`` positions of highest score; ties go to the first position."""

@@ -45,7 +45,7 @@ def mix(z: Tensor) -> Tensor:
 
 def content_keys(x: Tensor) -> Tensor:
     """One int64 per example, [N], from the bytes of its content: how randomness knows an example by what it is."""
-    rows = x.detach().cpu().contiguous().flatten(1).numpy() if len(x) else []
+    rows = x.detach().cpu().contiguous().numpy()
     digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
     keys = [int.from_bytes(d, "little", signed=True) for d in digests]
     return torch.tensor(keys, dtype=torch.int64, device=x.device)

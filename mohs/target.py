@@ -188,18 +188,15 @@ class Target:
                 "The attack asked for a look at the model; the threat grants none (transfer only). "
                 "Use Threat(access=Access.LABEL) or more."
             )
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what a model caches in its forward must stay usable with gradients
             logits = classify(self.model, x.detach())
-        logits = logits.clone()  # an inference tensor must not leave the door
         if int(problem.goal.label.amax()) >= logits.shape[1]:
             _refuse_labels(problem, logits.shape[1])
         value = None if objective is None else objective(logits, problem.goal)[0]
         lead, met = self._nominate(problem, x.detach(), logits, value)
         return Look(self.access, logits, lead, met)
 
-    def _nominate(
-        self, problem: Problem, x: Tensor, logits: Tensor, value: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _nominate(self, problem: Problem, x: Tensor, logits: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
         """Count the look and keep ``x`` where it beats what the row has; answers (margin, met) of this look."""
         found, region, box = problem.found, problem.threat.region, problem.threat.box
         lead = problem.goal.margin(logits)
@@ -218,7 +215,7 @@ class Target:
                 return lead, met
             size = region.measure(x, problem.x0)
             score = -size
-            better = met & live & (score > found.score) & (size <= problem.eps)
+            better = met & live & (score > found.score) & (size <= problem.eps * (1 + 1e-5))
         else:
             # a point that meets the goal beats any that does not; among equals the higher objective wins
             score = value
@@ -246,9 +243,8 @@ class Target:
         worst = torch.full_like(lead, math.inf)
         looks = max(self.draws, 1)
         for _ in range(looks):
-            with torch.inference_mode():
+            with torch.no_grad():
                 logits = classify(self.model, x)
-            logits = logits.clone()
             fresh = problem.goal.margin(logits)
             wins += fresh > rounding(logits)
             worst = torch.minimum(worst, fresh)

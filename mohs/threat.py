@@ -96,9 +96,7 @@ class Threat:
             )
         lo, hi = (float(v) for v in self.box)
         if not lo < hi:
-            raise ThreatError(
-                f"The box of valid inputs was {self.box}. Give (lowest, highest), such as (0, 1)."
-            )
+            raise ThreatError(f"The box of valid inputs was {self.box}. Give (lowest, highest), such as (0, 1).")
         object.__setattr__(self, "box", (lo, hi))
         object.__setattr__(self, "access", Access(self.access))
         if self.queries is not None and self.queries < 1:
@@ -107,9 +105,7 @@ class Threat:
                 "look at all cannot be evaluated."
             )
         if self.draws < 0:
-            raise ThreatError(
-                f"draws was {self.draws}. Give 0 for a deterministic model, 20 or more for a random one."
-            )
+            raise ThreatError(f"draws was {self.draws}. Give 0 for a deterministic model, 20 or more for a random one.")
 
     @classmethod
     def parse(cls, text: str | Threat) -> Threat:
@@ -122,9 +118,7 @@ class Threat:
         """
         if isinstance(text, Threat):
             return text
-        match = re.fullmatch(
-            r"\s*(\S+?)\s*:\s*([^\s]+)(?:\s+in\s+\[\s*([^,\s]+)\s*,\s*([^\]\s]+)\s*\])?\s*", str(text)
-        )
+        match = re.fullmatch(r"\s*(\S+?)\s*:\s*([^\s]+)(?:\s+in\s+\[\s*([^,\s]+)\s*,\s*([^\]\s]+)\s*\])?\s*", str(text))
         try:
             if match is None:
                 raise ValueError
@@ -141,7 +135,7 @@ class Threat:
             ) from None
 
     def __str__(self) -> str:
-        box = "" if self.box == (0.0, 1.0) else f" in [{self.box[0]:g}, {self.box[1]:g}]"
+        box = "" if self.box == (0.0, 1.0) else f" in [{_text(self.box[0])}, {_text(self.box[1])}]"
         return f"{self.region.name}:{_text(self.region.eps)}{box}"
 
     @property
@@ -207,9 +201,8 @@ def _number(text: str) -> float:
 
 def _text(value: float) -> str:
     """8/255 rather than 0.03137..., else the shortest decimal."""
-    pixel = value * 255
-    if 0 < value < 1 and abs(pixel - round(pixel)) < 1e-9 and not float(f"{value:.4g}") == value:
-        return f"{round(pixel)}/255"
+    if 0 < value < 1 and round(value * 255) / 255 == value and float(f"{value:.4g}") != value:
+        return f"{round(value * 255)}/255"
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
@@ -219,6 +212,6 @@ def _region(name: str, eps: float) -> Region:
         return named[name](eps)
     if name in ("l0", "l0-features"):
         return L0(eps, features=name.endswith("features"))
-    if re.fullmatch(r"l\d*\.?\d+", name) and float(name[1:]) > 1:
-        return Lp(float(name[1:]), eps)
+    if re.fullmatch(r"l\d*\.?\d+(e[+-]?\d+)?", name) and float(name[1:]) > 1:
+        return L2(eps) if float(name[1:]) == 2 else Lp(float(name[1:]), eps)
     raise ValueError(name)

@@ -101,7 +101,7 @@ def attack(
         y: true classes [N].
         threat: a ``Threat`` or its short form, such as ``"linf:8/255"``; ``"l2:inf"`` asks for the smallest change.
         targets: classes to reach instead [N]; then success is exactly that class.
-        restarts: independent tries per example.
+        restarts: independent tries per example; they share the threat's query limit evenly.
         aims: additionally try to move towards each of that many classes, highest logits first, while any other
             class still counts as success (multi-targeted); 0: no aim.
         eps: a radius per example [N], instead of the threat's.
@@ -119,17 +119,18 @@ def attack(
     Raises:
         DataError, ModelError, ThreatError, AccessError: see the message; batches name their rows.
     """
-    job = Job(
-        attack, model, x, y, Threat.parse(threat), targets=targets, restarts=restarts, aims=aims, eps=eps,
-        seed=seed, batch=batch, stop=stop, trace=trace, guide=guide,
-    )  # fmt: skip
-    finished = broken = 0
-    for final in job.run():
-        finished += len(final)
-        broken += int(job.success[final].sum())
-        if progress is not None:
-            progress(finished, broken)
-    return job.outcome()
+    with torch.inference_mode(False):  # evaluation code often stands inside inference_mode, which knows no gradients
+        job = Job(
+            attack, model, x, y, Threat.parse(threat), targets=targets, restarts=restarts, aims=aims, eps=eps,
+            seed=seed, batch=batch, stop=stop, trace=trace, guide=guide,
+        )  # fmt: skip
+        finished = broken = 0
+        for final in job.run():
+            finished += len(final)
+            broken += int(job.success[final].sum())
+            if progress is not None:
+                progress(finished, broken)
+        return job.outcome()
 
 
 class Job:
@@ -157,9 +158,9 @@ class Job:
                 "minimum-norm attack such as DeepFool."
             )
         self.attack, self.threat, self.seed = attack, threat, seed
-        self.target = Target(model, threat.access, guide, threat.queries, threat.draws)
-        self.x, self.y, self.targets = x.detach(), y, targets
         self.rows = restarts * max(aims, 1)
+        self.target = Target(model, threat.access, guide, _share(threat.queries, self.rows, aims), threat.draws)
+        self.x, self.y, self.targets = x.detach(), y, targets
         self.aims = aims
         whole = trace or threat.minimum
         self.stop = stop or (Stop.BUDGET if whole else Stop.SUCCESS)
@@ -169,12 +170,11 @@ class Job:
             )
         self.batch = batch or min(usual_batch(x.device), 1 << max(0, (len(x) * self.rows - 1).bit_length()))
         count = (len(x), self.rows)
-        integers = {"dtype": torch.int64, "device": x.device}
         self.finished = torch.zeros(count, dtype=torch.bool, device=x.device)
         self.emitted = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.answer = torch.full((len(x),), self.rows, **integers)  # lowest successful row; `rows`: none yet
-        self.owner = torch.full((len(x),), self.rows, **integers)  # the row whose point is kept
-        self.cost = torch.zeros((3, *count), **integers)
+        self.answer = y.new_full((len(x),), self.rows)  # lowest successful row; `rows`: none yet
+        self.owner = y.new_full((len(x),), self.rows)  # the row whose point is kept
+        self.cost = y.new_zeros((3, *count))
         self.best = self.x.clone()
         self.success = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.score = x.new_full((len(x),), -math.inf)
@@ -358,6 +358,19 @@ class Job:
         final = (self.finished | ~needed).all(1) & ~self.emitted
         self.emitted |= final
         return final.nonzero().squeeze(1)
+
+
+def _share(queries: int | None, rows: int, aims: int) -> int | None:
+    """Looks of one row: the limit holds for an example, so its rows share it evenly (the look that ranks the aims comes off)."""
+    if queries is None:
+        return None
+    share = (queries - bool(aims)) // rows
+    if share < 1:
+        raise UsageError(
+            f"{rows} rows per example (restarts x aims) were asked for under a limit of {queries} queries per example. "
+            "Each row needs at least one: use fewer restarts or aims, or raise Threat(queries=...)."
+        )
+    return share
 
 
 class _QuietGenerators:

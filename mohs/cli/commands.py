@@ -16,6 +16,7 @@ from mohs.errors import UsageError
 if TYPE_CHECKING:
     from torch import nn
 
+    from mohs.certificates.run import Method
     from mohs.data import Dataset
 
 app = App(
@@ -251,7 +252,7 @@ def train(
     return train_recipe(recipe, out, resume, data, epochs, seed)
 
 
-def _certificate(name: str) -> object:
+def _certificate(name: str) -> Method:
     from mohs import certificates
 
     known = {"ibp": certificates.IBP, "crown": certificates.CROWN}
