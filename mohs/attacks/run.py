@@ -102,8 +102,8 @@ def attack(
         threat: a ``Threat`` or its short form, such as ``"linf:8/255"``; ``"l2:inf"`` asks for the smallest change.
         targets: classes to reach instead [N]; then success is exactly that class.
         restarts: independent tries per example; they share the threat's query limit evenly.
-        aims: additionally try to move towards each of that many classes, highest logits first, while any other
-            class still counts as success (multi-targeted); 0: no aim.
+        aims: move towards each of that many classes in turn, highest logits first, while any wrong class still counts
+            as success (multi-targeted): restarts * aims rows; 0: no aim.
         eps: a radius per example [N], instead of the threat's.
         seed: of the random streams; the global generators are not touched.
         batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 64 on
@@ -182,7 +182,7 @@ class Job:
         self.spent = 0
         self.trace = x.new_full((*count, attack.steps + 1), math.nan) if trace else None
         self.key = streams.derive(
-            streams.derive(streams.content_keys(self.x), seed), streams.text_key(type(attack).__name__)
+            streams.derive(streams.content_keys(self.x), seed), streams.text_key(repr(attack))
         )
         self.ranked: Tensor | None = None
 
@@ -196,9 +196,9 @@ class Job:
             [examples.repeat(self.rows), examples.new_tensor(range(self.rows)).repeat_interleave(len(self.x))]
         )
         while len(wave := self._next_wave()):
-            self._wave(*wave)
-            if len(final := self._finalise()):
-                yield final
+            for _ in self._wave(*wave):
+                if len(final := self._finalise()):
+                    yield final
 
     def _next_wave(self) -> tuple[Tensor, Tensor] | tuple[()]:
         """(example, number) of the rows to run next: those of the lowest number, up to a full wave, and as many higher
@@ -263,7 +263,8 @@ class Job:
         padded.found.settled[rows:] = True
         return padded
 
-    def _wave(self, example: Tensor, number: Tensor) -> None:
+    def _wave(self, example: Tensor, number: Tensor) -> Iterator[None]:
+        """Run rows from first to last step; pauses whenever rows have been merged into their examples."""
         problem = self._problem(example, number)
         guarded = _QuietGenerators(self.seed, int(example[0]), int(number[0]))
         pairs = []
@@ -287,6 +288,7 @@ class Job:
                 break
             if -(-live // self.batch) < len(pairs):
                 pairs = self._compact(pairs)
+                yield
         for p, s in pairs:
             if not bool(p.found.settled.all()):  # the last iterate has not been looked at yet
                 with guarded:
@@ -294,6 +296,7 @@ class Job:
                 self._note(p, self.attack.steps)
             self._settle(p, torch.ones_like(p.found.settled))
             self._collect(p)
+        yield
 
     def _note(self, problem: Problem, k: int) -> None:
         if self.trace is not None:
