@@ -172,7 +172,9 @@ class _Evaluation:
         """All stages in order."""
         self.run = run
         self.notify("checks", 0, 1, 0)
-        findings = check(self.model, (self.x, self.y), self.threat, stated_accuracy=stated_accuracy, seed=self.seed)
+        findings = check(
+            self.model, (self.x, self.y), self.threat, stated_accuracy=stated_accuracy, seed=self.seed, batch=self.batch
+        )
         run.update(checks=findings, claim=self._claim())
         self.notify("checks", 1, 1, 0)
         self._clean()
