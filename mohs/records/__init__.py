@@ -4,6 +4,7 @@ A leaf of the package: needs neither torch nor anything else of Mohs but its err
 read, compared and shown where nothing can be evaluated.
 """
 
+from mohs.records._files import write_atomically
 from mohs.records.diff import Diff, diff
 from mohs.records.header import load_header
 from mohs.records.ledger import Ledger
@@ -59,4 +60,5 @@ __all__ = [
     "mcnemar",
     "open_run",
     "upper_bound",
+    "write_atomically",
 ]

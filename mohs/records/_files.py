@@ -34,14 +34,17 @@ def guard(path: Path, doing: str) -> Iterator[None]:
         raise RecordError(_sqlite_text(path, doing, error)) from error
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, parents: bool = False) -> None:
     """Replace a file by new content in one step: readers see the old file or the new one, never a part.
 
     Args:
-        path: the file; its directory must exist.
+        path: the file.
         text: the content, written as UTF-8.
+        parents: make its directory if absent.
     """
     with guard(path, f"write {path.name}"):
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "w", encoding="utf-8", newline="\n") as file:
