@@ -1,0 +1,1 @@
+"""Defenses: what moves the truth. Training recipes live in ``mohs.defenses.training``."""

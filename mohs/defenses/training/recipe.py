@@ -1,0 +1,102 @@
+"""A recipe: everything that determines a training run, as one value."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from mohs.defenses.training.objective import Objective
+from mohs.defenses.training.schedules import Adam, Constant, Optimiser, Schedule
+from mohs.errors import UsageError
+from mohs.models import NETS
+from mohs.threat import Threat
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a training run; its repr is its record and its hash guards a resumption.
+
+    Args:
+        name: what the result is called.
+        data: where the training data are, as ``mohs.data.load`` takes it (split 'train').
+        net: a name in ``mohs.models.NETS``.
+        objective: what is minimised: ``Natural()``, ``Mixture(attack)``, ``Saddle(attack)`` or your own.
+        epochs: passes over the data.
+        threat: region and box of the objective's attack and of the early warning; a ``Threat`` or its short form.
+        batch: examples per step, over all devices together.
+        optimiser: ``SGD(...)`` or ``Adam(...)``.
+        schedule: ``Constant()``, ``Steps(...)`` or ``Cosine(...)``.
+        warmup: epochs over which the radius grows linearly from near zero to the threat's.
+        holdout: examples at the end of the training data that are not trained on but watched, for the early warning.
+        seed: of weights, data order and attacks.
+        net_options: arguments of the net's factory.
+
+    >>> from mohs.defenses.training import Natural
+    >>> Recipe("tiny", "bundled:fashion-mnist", "linear", Natural(), epochs=2).epochs
+    2
+    """
+
+    name: str
+    data: str
+    net: str
+    objective: Objective
+    epochs: int
+    threat: Threat | str | None = None
+    batch: int = 128
+    optimiser: Optimiser = field(default_factory=Adam)
+    schedule: Schedule = field(default_factory=Constant)
+    warmup: float = 0.0
+    holdout: int = 500
+    seed: int = 0
+    net_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what, value, least in (("epochs", self.epochs, 1), ("batch", self.batch, 1), ("holdout", self.holdout, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{what} of recipe {self.name!r} must be a whole number >= {least}; got {value!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise UsageError(f"seed of recipe {self.name!r} must be a whole number; got {self.seed!r}.")
+        if not 0 <= self.warmup <= self.epochs:
+            raise UsageError(
+                f"warmup of recipe {self.name!r} must lie between 0 and its {self.epochs} epochs; got {self.warmup!r}."
+            )
+        if not callable(getattr(self.objective, "loss", None)):
+            raise UsageError(
+                f"The objective of recipe {self.name!r} was {self.objective!r}. Allowed: a value with a method "
+                "loss(model, x, y, context), such as Natural(), Mixture(attack) or Saddle(attack)."
+            )
+        object.__setattr__(self, "threat", None if self.threat is None else Threat.parse(self.threat))
+        if self.objective.attack is not None and (self.parsed_threat is None or self.parsed_threat.minimum):
+            raise UsageError(
+                f"Recipe {self.name!r} trains against {self.objective.attack!r} under the threat {self.threat}. "
+                "Give a threat of finite radius, such as threat='linf:0.1'."
+            )
+
+    @property
+    def parsed_threat(self) -> Threat | None:
+        """The threat, parsed."""
+        return self.threat if isinstance(self.threat, Threat) else None
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of everything the recipe states."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+    def build_net(self) -> nn.Module:
+        """The untrained net.
+
+        Raises:
+            UsageError: There is no such net, or it does not take these options.
+        """
+        if self.net not in NETS:
+            raise UsageError(f"Recipe {self.name!r} asks for the net {self.net!r}. Allowed: {', '.join(NETS)}.")
+        try:
+            return NETS[self.net](**self.net_options)
+        except TypeError as error:
+            raise UsageError(
+                f"Recipe {self.name!r}: the net {self.net} does not take the options {self.net_options} ({error})."
+            ) from error

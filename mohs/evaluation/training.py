@@ -1,0 +1,84 @@
+"""Training with Mohs's own attacks: objectives, which hold attacks as values, meet the scheduler that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mohs import attacks
+from mohs.attacks import FGSM, PGD, Attack, Stop
+from mohs.data import Dataset
+from mohs.defenses import training
+from mohs.defenses.training import Progress, Recipe, Trained, Watch
+from mohs.defenses.training.files import read_recipe
+from mohs.target import classify
+from mohs.threat import Threat
+
+WATCH = Watch(one_step=FGSM(), many_steps=PGD(steps=10))
+"""The early warning's pair of attacks."""
+
+
+def perturb(
+    attack: Attack, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, eps: Tensor, seed: int, batch: int
+) -> Tensor:
+    """The points an attack ends with when it spends its whole budget, [N, ...]."""
+    return attacks.attack(attack, model, x, y, threat, eps=eps, seed=seed, batch=batch, stop=Stop.BUDGET).x
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """A recipe from ``FILE.toml``, ``FILE.py``, or the name of one in ``recipes`` here or beside the package.
+
+    A Python recipe defines ``RECIPE`` and is run as a program, so load only those you trust; a TOML recipe is data.
+
+    Raises:
+        UsageError: There is no such recipe, or it is not one; the message lists what is allowed.
+    """
+    return read_recipe(source, attacks.REGISTRY)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    data: Dataset | None = None,
+    model: nn.Module | None = None,
+    device: str | torch.device | None = None,
+    seed: int | None = None,
+    resume: bool = True,
+    checkpoint_every: int | None = None,
+    watch: Watch | None = WATCH,
+    progress: Callable[[Progress], None] | None = None,
+) -> Trained:
+    """Train as the recipe says, with Mohs's attacks, or go on where a call with the same ``out`` was interrupted.
+
+    Args:
+        recipe: what to do; see ``load_recipe`` and ``mohs.defenses.training.Recipe``.
+        out, data, model, device, seed, resume, checkpoint_every, progress: see ``mohs.defenses.training.train``.
+        watch: the early warning against catastrophic overfitting; it is for objectives that train against an attack.
+
+    Returns:
+        A ``Trained``: the model in eval mode, the path of its weights, the learning curve and warnings.
+    """
+    watch = watch if recipe.objective.attack is not None else None
+    return training.train(
+        recipe, perturb=perturb, out=out, data=data, model=model, device=device, seed=seed, resume=resume,
+        checkpoint_every=checkpoint_every, watch=watch, progress=progress,
+    )  # fmt: skip
+
+
+def measure(model: nn.Module, data: Dataset, threat: Threat | str, seed: int = 0) -> dict[str, float]:
+    """The figures in a recipe's header: accuracy clean, under FGSM, and under PGD with 40 steps, 1 and 5 restarts.
+
+    These are upper bounds of the robust accuracy, for comparing trainings; ``mohs.evaluate`` makes evidence of them.
+    """
+    x, y = data
+    with torch.inference_mode():
+        right = torch.cat([classify(model, part).argmax(1) for part in x.split(1000)]) == y
+    figures = {"clean": float(right.double().mean())}
+    for name, attack, restarts in (("fgsm", FGSM(), 1), ("pgd_40x1", PGD(steps=40), 1), ("pgd_40x5", PGD(steps=40), 5)):
+        out = attacks.attack(attack, model, x[right], y[right], threat, restarts=restarts, seed=seed)
+        figures[name] = float((~out.success).sum()) / len(x)
+    return {name: round(value, 4) for name, value in figures.items()}
