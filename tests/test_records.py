@@ -206,6 +206,25 @@ def test_digest_sees_every_cell_but_no_seconds(tmp_path: Path) -> None:
         assert digest(f"e{i}", one_result(1, **{name: 5})) != base
 
 
+def test_digest_sees_every_table(tmp_path: Path) -> None:
+    x = np.zeros((1, 2, 2), np.float32)
+    with Ledger.create(tmp_path / "l.sqlite") as ledger:
+        seen = [ledger.digest()]
+        for write in (
+            lambda: ledger.put_examples(examples(4)),
+            lambda: ledger.put_results(0, one_result(0, success=False)),
+            lambda: ledger.put_results(0, one_result(1), {1: x}, {1: x}),
+            lambda: ledger.put_trace(0, 1, 0, [1.0, 2.0]),
+            lambda: ledger.put_trace(0, 1, 0, [1.0, 2.5]),
+            lambda: ledger.put_certificates("IBP", CertificateRows(2, True, 0.1)),
+        ):
+            write()
+            seen.append(ledger.digest())
+        ledger.add_seconds(0, 3.0)
+        assert ledger.digest() == seen[-1]
+    assert len(set(seen)) == len(seen)
+
+
 def test_full_disk_leaves_the_last_batch_intact(tmp_path: Path) -> None:
     with Ledger.create(tmp_path / "l.sqlite") as ledger:
         ledger.put_examples(examples(4))

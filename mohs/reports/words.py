@@ -23,7 +23,7 @@ ACCESS = {
     "GRADIENT": "everything, gradients included (white box)",
 }
 STANDING = {
-    "certified": "The claim is proved for the population these examples were drawn from, as far as the sample can.",
+    "certified": "Each proof holds for its example; the bound carries the share to what they were drawn from.",
     "refuted": "Refuting needs no trust in the attacks: each broken example is stored and can be replayed.",
     "upheld so far": "A stronger attack may still refute it. Absence of a successful attack is no proof.",
     "undecided": "More examples, stronger attacks or a certificate would decide it.",
