@@ -147,6 +147,23 @@ def fill(
     return summaries
 
 
+def one_result(example: int = 0, success: bool = True, **changes: float) -> Results:
+    """One row of results, to be changed at will."""
+    row: dict[str, Any] = {
+        "example": example,
+        "success": success,
+        "size": 0.03,
+        "margin": -1.0,
+        "restart": 0,
+        "label_after": 1,
+        "confidence_after": 0.9,
+        "forwards": 10,
+        "backwards": 10,
+        "queries": 10,
+    }
+    return Results(**(row | changes))
+
+
 def write_batch(
     run: Run, listed: Examples, attack: int, ids: list[int], won: np.ndarray, shape: tuple[int, ...]
 ) -> None:
