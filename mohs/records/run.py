@@ -134,6 +134,9 @@ def totals_of(record: Record) -> Totals:
 
 def _open_locked(directory: Path, header: Header, lock: _files.Lock) -> Run:
     record_path, ledger_path = directory / _files.RECORD, directory / _files.LEDGER
+    for leftover in directory.glob(f".{_files.RECORD}.*.tmp"):  # of a writer that was killed: the lock is ours
+        with _files.guard(leftover, "clear what an interrupted write left"):
+            leftover.unlink(missing_ok=True)
     if record_path.exists():
         stored = load_header(directory)
         _refuse_other(directory, stored, header)
@@ -173,7 +176,8 @@ def _refuse_foreign(directory: Path) -> None:
         names = {p.name for p in directory.iterdir()}
     if _files.RECORD in names or not names:
         return
-    ours = {_files.LOCK, *(p.name for p in _files.sqlite_files(directory / _files.LEDGER))}
+    # a killed process leaves the journals of lock and ledger behind as well
+    ours = {p.name for name in (_files.LOCK, _files.LEDGER) for p in _files.sqlite_files(directory / name)}
     foreign = sorted(n for n in names if n not in ours and not n.startswith(f".{_files.RECORD}."))
     if foreign or _files.LOCK not in names:
         shown = ", ".join(foreign[:3] or sorted(names)[:3])
