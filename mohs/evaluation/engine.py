@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import platform
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from mohs.attacks.run import usual_batch
 from mohs.data import Dataset
 from mohs.errors import CertificateContradicted, ModelError, ThreatError, rows_text
 from mohs.evaluation import claims
+from mohs.evaluation._quiet import untouched
 from mohs.evaluation.checks import check
 from mohs.evaluation.plans import Plan, PlanStep, load_plan
 from mohs.models import weights_hash
@@ -97,18 +100,25 @@ def evaluate(
     plan = load_plan(plan) if isinstance(plan, str) else plan
     claim = claims.Claim.parse(claim) if isinstance(claim, str) else claim
     run = _Evaluation(model, data, x, y, threat, plan, claim, list(certificates), seed, batch, notify)
+    # whatever can be refused is refused before the directory is touched
+    findings = run.check(stated_accuracy)
     header = run.header(subject or type(model).__name__, command)
-    folder = tempfile.TemporaryDirectory(prefix="mohs-") if out is None else None
-    with records.open_run(folder.name if folder else Path(str(out)), header) as opened:
-        run.go(opened, stated_accuracy)
-        record = opened.record()
-    if folder is not None:
-        record.temporary = folder
+    place = Path(tempfile.mkdtemp(prefix="mohs-")) if out is None else Path(str(out))
+    try:
+        with records.open_run(place, header) as opened:
+            run.go(opened, findings)
+            record = opened.record()
+    except BaseException:
+        if out is None:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
     if len(record.contradicted):
         raise CertificateContradicted(
             f"A certificate declared {rows_text(record.contradicted.tolist())} safe under {threat}, and an attack broke "
             f"it. One of the two is wrong: please report the record {record.dir} with the model."
         )
+    if out is None:
+        record.temporary = weakref.finalize(record, shutil.rmtree, place, ignore_errors=True)
     return record
 
 
@@ -123,8 +133,14 @@ class _Evaluation:
         self.threat, self.plan, self.claim, self.certificates = threat, plan, claim, certificates
         self.seed, self.batch = seed, batch
         self.notify: Notify = notify or (lambda stage, done, total, broken: None)
-        with torch.inference_mode():
+        with untouched(model, seed), torch.inference_mode():
             self.classes = classify(model, self._padded(x[:1])).shape[1] if len(x) else 0
+        high = (y >= max(self.classes, 1)).nonzero().flatten().tolist()
+        if high:
+            raise ModelError(
+                f"The model has {self.classes} classes, but labels reach {int(y.max())} ({rows_text(high)}). Allowed: "
+                f"0 to {self.classes - 1}. Check that model and data belong together."
+            )
         self.steps = [(step, attack) for step in plan.steps if (attack := step.build_for(threat)) is not None]
 
     # ---- what is about to run ---------------------------------------------------------------------------
@@ -168,15 +184,23 @@ class _Evaluation:
 
     # ---- the stages -------------------------------------------------------------------------------------
 
-    def go(self, run: records.Run, stated_accuracy: float | None) -> None:
-        """All stages in order."""
-        self.run = run
+    def check(self, stated_accuracy: float | None) -> list[records.Finding]:
+        """What would make the evaluation worthless; also, can the certificates say anything about this net and threat?"""
         self.notify("checks", 0, 1, 0)
         findings = check(
             self.model, (self.x, self.y), self.threat, stated_accuracy=stated_accuracy, seed=self.seed, batch=self.batch
         )
-        run.update(checks=findings, claim=self._claim())
+        if not any(f.severity == "block" for f in findings):
+            for certificate in self.certificates:
+                self._proof(certificate, slice(0, 1))
         self.notify("checks", 1, 1, 0)
+        return findings
+
+    def go(self, run: records.Run, findings: list[records.Finding]) -> None:
+        """All stages in order."""
+        self.run = run
+        # a verdict of an earlier sitting may speak of another claim
+        run.update(status="running", checks=findings, claim=self._claim(), verdict=None)
         self._clean()
         blocked = [f for f in findings if f.severity == "block"]
         if not blocked:
@@ -253,9 +277,12 @@ class _Evaluation:
         inputs = dict(zip(broken, self.x[ids[won]].cpu().numpy()))
         self.run.ledger.put_results(index, rows, points, inputs)
 
-    def _certify(self, certificate: Any) -> None:
+    def _proof(self, certificate: Any, rows: Any) -> Any:
         from mohs.certificates import certify
 
+        return certify(certificate, self.model, self.x[rows], self.y[rows], self.threat, batch=self.batch)
+
+    def _certify(self, certificate: Any) -> None:
         name = type(certificate).__name__
         done = self.run.record().certificates().get(name)
         known = set(() if done is None else done.example.tolist())
@@ -263,7 +290,7 @@ class _Evaluation:
         for at in range(0, len(todo), self.batch):
             part = torch.tensor(todo[at : at + self.batch], device=self.x.device)
             self.notify(name, at, len(todo), 0)
-            proof = certify(certificate, self.model, self.x[part], self.y[part], self.threat)
+            proof = self._proof(certificate, part)
             rows = records.CertificateRows(
                 example=part.cpu().numpy(), holds=proof.holds.cpu().numpy(), radius=proof.radius.cpu().numpy()
             )
@@ -277,10 +304,9 @@ class _Evaluation:
     def _loss_curves(self) -> None:
         """Madry's figure 1: the objective against the step, several restarts of a few control examples."""
         attack, record = self._curve_attack(), self.run.record()
-        if attack is None or record.traces():
-            return
         chosen = np.flatnonzero(record.examples.control & record.correct)[:TRACED]
-        if not len(chosen):
+        # written one by one, so a killed run may hold some of them
+        if attack is None or len(record.traces()) == len(chosen) * TRACE_RESTARTS:
             return
         todo = torch.from_numpy(chosen).to(self.x.device)
         job = self._job(attack, todo, restarts=TRACE_RESTARTS, trace=True)
@@ -371,14 +397,8 @@ class _Evaluation:
         labels, margins, confidences = [], [], []
         for at in range(0, len(x), self.batch):
             part, rows = x[at : at + self.batch], min(self.batch, len(x) - at)
-            with torch.inference_mode():
+            with untouched(self.model, self.seed), torch.inference_mode():
                 logits = classify(self.model, self._padded(part))[:rows]
-            if int(y.max()) >= logits.shape[1]:
-                high = (y >= logits.shape[1]).nonzero().flatten().tolist()
-                raise ModelError(
-                    f"The model has {logits.shape[1]} classes, but labels reach {int(y.max())} ({rows_text(high)}). "
-                    "Check that model and data belong together."
-                )
             p, label = logits.softmax(1).max(1)
             labels.append(label)
             confidences.append(p)
