@@ -103,9 +103,11 @@ def check(
 ) -> int:  # fmt: skip
     """Look for what would make an evaluation worthless, before spending time on one."""
     from mohs.evaluation import check as run_checks
+    from mohs.threat import Threat
 
+    parsed = Threat.parse(threat)
     net, dataset = _load(model, data, weights, split, n)
-    findings = run_checks(net, dataset, threat, stated_accuracy=stated_accuracy, seed=seed)
+    findings = run_checks(net, dataset, parsed, stated_accuracy=stated_accuracy, seed=seed)
     screen.findings(findings)
     return 12 if any(f.severity == "block" for f in findings) else 0
 
@@ -128,7 +130,9 @@ def run(
     out
         directory of the record: new, empty, or an earlier part of this very run.
     """
+    from mohs.errors import CertificateContradicted
     from mohs.evaluation import Claim, evaluate, load_plan
+    from mohs.records import Record
     from mohs.reports import render
     from mohs.threat import Threat
 
@@ -136,12 +140,16 @@ def run(
     stated = Claim.parse(claim) if claim is not None else None
     proofs = [_certificate(name) for name in certify or []]
     net, dataset = _load(model, data, weights, split, n)
-    with screen.Progress() as progress:
-        record = evaluate(
-            net, dataset, parsed, plan=chosen, claim=stated, out=out, certificates=proofs, seed=seed,
-            batch=batch, stated_accuracy=stated_accuracy, subject=_spec(model, weights), command=_command(),
-            notify=progress.notify,
-        )  # fmt: skip
+    try:
+        with screen.Progress() as progress:
+            record = evaluate(
+                net, dataset, parsed, plan=chosen, claim=stated, out=out, certificates=proofs, seed=seed,
+                batch=batch, stated_accuracy=stated_accuracy, subject=_spec(model, weights), command=_command(),
+                notify=progress.notify,
+            )  # fmt: skip
+    except CertificateContradicted:
+        render(Record.load(out), out / "report.html")
+        raise
     page = render(record, out / "report.html")
     screen.record(record)
     screen.next_steps([f"open {page}", f"mohs replay {shlex.quote(str(out))}"])
