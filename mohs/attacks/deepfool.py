@@ -100,6 +100,7 @@ class DeepFool:
             push = 2 * rounding(logits)
         raised, lowered = _pairs(problem, view, classes)
         gap = (logits.gather(1, lowered) - logits.gather(1, raised)).clamp_min_(0.0)
+        gap.masked_fill_(raised == lowered, math.inf)  # where other logits are -inf, the label may be among its own rivals
         # a step that gained less than half of what it promised: the box has eaten it, or it was below the resolution of x.
         # From now on only coordinates that can still move count, and the row is pushed twice as far beyond the boundary
         stuck = gap.amin(1) > 0.5 * last

@@ -188,7 +188,7 @@ class Job:
 
     def run(self) -> Iterator[Tensor]:
         """Run everything; yields the indices of examples whose answer has just become final."""
-        if self.aims:
+        if self.aims and len(self.x):
             self.ranked = self._rank_classes()
         examples = torch.arange(len(self.x), device=self.x.device)
         # every example's first row before anybody's second
@@ -242,7 +242,7 @@ class Job:
             self.cost[0, part, 0] += 1
             self.cost[2, part, 0] += 1
             self.spent += len(part)
-        return torch.cat(ranked) if ranked else self.y.new_empty((0, self.aims))
+        return torch.cat(ranked)
 
     def _problem(self, example: Tensor, number: Tensor) -> Problem:
         x0 = self.x[example]
