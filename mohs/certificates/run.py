@@ -105,6 +105,7 @@ def prove_by_bounds(
     if dtype not in (torch.float32, torch.float64):
         raise UsageError(f"{name} computes bounds in torch.float64 or torch.float32; got dtype={dtype}.")
     net = read_net(model, x, dtype)
+    _check_labels(y, max(net.classes, 2))
     bounds = [x.new_zeros(0, dtype=dtype)]
     for first in range(0, len(x), batch):
         rows = slice(first, first + batch)
@@ -141,17 +142,20 @@ def _check_inputs(x: Tensor, y: Tensor, threat: Threat) -> None:
         )
 
 
+def _check_labels(y: Tensor, classes: int) -> None:
+    wrong = (y < 0) | (y >= classes)
+    if bool(wrong.any()):
+        raise DataError(
+            f"The net has {classes} classes, 0 to {classes - 1}; other labels came in "
+            f"{rows_text(wrong.nonzero().flatten())}. Check that model and data belong together."
+        )
+
+
 def _check_reading(net: Net, model: nn.Module, x: Tensor, y: Tensor, first: int) -> Tensor:
     """Run the model: [N] bool, is the answer right? Its logits must lie within the rounding of the layers as read."""
     logits = classify(model, x)
     classes = max(net.classes, 2)
-    wrong = (y < 0) | (y >= classes)
-    if bool(wrong.any()):
-        raise DataError(
-            f"The net has {classes} classes; {rows_text(wrong.nonzero().flatten() + first)} have labels outside "
-            f"0 to {classes - 1}. Check that model and data belong together."
-        )
-    differs = torch.ones_like(wrong)
+    differs = torch.ones_like(y, dtype=torch.bool)
     if logits.shape[1] == classes:
         low, high = _bounds.output_interval(net, x)
         executed = logits.to(net.arithmetic.bound)[:, -net.classes :]
