@@ -7,37 +7,41 @@ which it managed: certified <= truly robust <= survived.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mohs import attacks, objectives
-from mohs.attacks import Outcome, Stop, attack
-from mohs.errors import MohsError
-from mohs.problem import Goal, Problem
-from mohs.regions import L0, L1, L2, Linf, Lp
-from mohs.target import Target
-from mohs.threat import Access, Knowledge, Threat
+if TYPE_CHECKING:
+    from mohs import attacks, certificates, data, defenses, evaluation, models, objectives, records, reports
+    from mohs.attacks import Outcome, Stop, attack
+    from mohs.certificates import certify
+    from mohs.errors import MohsError
+    from mohs.evaluation import check, evaluate
+    from mohs.problem import Goal, Problem
+    from mohs.regions import L0, L1, L2, Linf, Lp
+    from mohs.target import Target
+    from mohs.threat import Access, Knowledge, Threat
 
 __version__ = "0.1.0"
 
-# loaded at first use, so that `import mohs` costs little beyond torch
-_LAZY = {
-    "certificates": "mohs.certificates",
-    "data": "mohs.data",
-    "defenses": "mohs.defenses",
-    "evaluation": "mohs.evaluation",
-    "models": "mohs.models",
-    "records": "mohs.records",
-    "reports": "mohs.reports",
+# Everything is loaded at its first use: a record is read, compared and shown without torch, and importing costs little.
+_HOME = {
+    **{name: f"mohs.{name}" for name in (
+        "attacks", "certificates", "data", "defenses", "evaluation", "models", "objectives", "records", "reports",
+    )},
+    **{name: f"mohs.attacks:{name}" for name in ("Outcome", "Stop", "attack")},
+    **{name: f"mohs.regions:{name}" for name in ("L0", "L1", "L2", "Linf", "Lp")},
+    **{name: f"mohs.threat:{name}" for name in ("Access", "Knowledge", "Threat")},
+    **{name: f"mohs.evaluation:{name}" for name in ("check", "evaluate")},
+    **{name: f"mohs.problem:{name}" for name in ("Goal", "Problem")},
     "certify": "mohs.certificates:certify",
-    "check": "mohs.evaluation:check",
-    "evaluate": "mohs.evaluation:evaluate",
-}
+    "MohsError": "mohs.errors:MohsError",
+    "Target": "mohs.target:Target",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _HOME:
         raise AttributeError(f"module 'mohs' has no attribute {name!r}")
-    module, _, attribute = _LAZY[name].partition(":")
+    module, _, attribute = _HOME[name].partition(":")
     loaded = importlib.import_module(module)
     value = getattr(loaded, attribute) if attribute else loaded
     globals()[name] = value
@@ -45,10 +49,11 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_HOME})
 
 
 __all__ = [
     "L0", "L1", "L2", "Access", "Goal", "Knowledge", "Linf", "Lp", "MohsError", "Outcome", "Problem", "Stop", "Target",
-    "Threat", "attack", "attacks", "certify", "check", "evaluate", "objectives",
+    "Threat", "attack", "attacks", "certificates", "certify", "check", "data", "defenses", "evaluate", "evaluation",
+    "models", "objectives", "records", "reports",
 ]  # fmt: skip
