@@ -43,12 +43,13 @@ Notify = Callable[[str, int, int, int], None]
 """Called with (stage, examples done, of how many, of these broken)."""
 
 
+@torch.inference_mode(False)  # evaluation code often stands inside inference_mode, which knows no gradients
 def evaluate(
     model: nn.Module,
     data: Dataset | tuple[Tensor, Tensor],
     threat: Threat | str,
     *,
-    plan: Plan | str = "standard",
+    plan: Plan | str | Path = "standard",
     claim: claims.Claim | str | None = None,
     out: str | Path | None = None,
     certificates: Sequence[Any] = (),
@@ -92,13 +93,16 @@ def evaluate(
             f"An evaluation needs a finite radius; got {threat}. 'At least so many stay right' says nothing about "
             "unbounded changes. Use mohs.attack with a minimum-norm attack for distances."
         )
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"The model must be a torch.nn.Module; got {type(model).__name__}. Wrap a function in mohs.models.BlackBox."
+        )
     data = data if isinstance(data, Dataset) else Dataset(*data, name="tensors")
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), data.x.device)
-    x, y = data.x.to(device), data.y.to(device)
+    x, y = ((t.clone() if t.is_inference() else t).to(device) for t in data)
     check_inputs(x, y, threat, batch=batch)
     batch = batch or usual_batch(device)
-    plan = load_plan(plan) if isinstance(plan, str) else plan
-    claim = claims.Claim.parse(claim) if isinstance(claim, str) else claim
+    plan, claim = load_plan(plan), None if claim is None else claims.Claim.parse(claim)
     run = _Evaluation(model, data, x, y, threat, plan, claim, list(certificates), seed, batch, notify)
     # whatever can be refused is refused before the directory is touched
     findings = run.check(stated_accuracy)
@@ -400,9 +404,10 @@ class _Evaluation:
             with untouched(self.model, self.seed), torch.inference_mode():
                 logits = classify(self.model, self._padded(part))[:rows]
             p, label = logits.softmax(1).max(1)
-            labels.append(label)
+            none = logits.isnan().any(1)  # argmax would call nan class 0; -1 is nobody's label, so it counts as wrong
+            labels.append(label.masked_fill(none, -1))
             confidences.append(p)
-            margins.append(-Goal.leave(y[at : at + rows]).margin(logits))
+            margins.append((-Goal.leave(y[at : at + rows]).margin(logits)).masked_fill(none, math.nan))
         if not labels:
             return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
         return tuple(torch.cat(v).cpu().numpy() for v in (labels, margins, confidences))  # type: ignore[return-value]
