@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import mohs
 from mohs import records
 from mohs.data import Dataset, load
 from mohs.evaluation import Plan, PlanStep
 
 THREAT = "linf:0.05"
+N, BATCH = 40, 16
 
 
 class Head(nn.Module):
@@ -69,6 +73,13 @@ def short_plan(steps: int = 8, restarts: int = 3) -> Plan:
     )
 
 
+def evaluate(data: Dataset | None = None, model: nn.Module | None = None, **settings: Any) -> records.Record:
+    """An evaluation of the small problem; whatever is not said is usual."""
+    usual: dict[str, Any] = {"plan": short_plan(), "batch": BATCH}
+    threat = settings.pop("threat", THREAT)
+    return mohs.evaluate(model or conv(), data or images().take(N), threat, **usual | settings)
+
+
 TIMES = ("created", "finished", "command")
 
 
@@ -101,4 +112,16 @@ def rows_of(record: records.Record) -> dict[str, object]:
     found["traces"] = [(a, e, r, v.tobytes()) for a, e, r, v in record.traces()]
     for name, rows in record.certificates().items():
         found[f"certificate {name}"] = plain(rows)
+    return found
+
+
+def by_content(runs: Sequence[records.Record]) -> dict[tuple[int, str], str]:
+    """Row, point and all of every (attack, content of the example), without its position."""
+    found = {}
+    for record in runs:
+        for attack in record.attacks:
+            points = dict(zip(*record.points(attack), strict=True))
+            for example, *row in record.results(attack).as_rows():
+                point = points[example].tobytes().hex() if example in points else ""
+                found[attack, record.examples.hash[example]] = f"{row} {point}"
     return found

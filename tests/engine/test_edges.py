@@ -1,0 +1,229 @@
+"""The engine on odd subjects: what it blocks, refuses and skips, and that it leaves everything as it was."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_problem import Head, by_content, conv, evaluate, header_facts, images, rows_of
+from torch import Tensor, nn
+
+from mohs.certificates import CROWN, IBP
+from mohs.data import Dataset
+from mohs.errors import DataError, ModelError, ThreatError, UsageError
+from mohs.evaluation import Plan, PlanStep, engine
+from mohs.evaluation.plans import ALL_CLASSES
+from mohs.models import weights_hash
+
+# ---- blocked, refused, skipped ---------------------------------------------------------------------------
+
+
+class Noted(nn.Module):
+    """The small net behind a layer that a mode or a last activation can spoil."""
+
+    def __init__(self, before: nn.Module | None = None, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.before, self.net, self.after = before or nn.Identity(), conv(), after or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.net(self.before(x)))
+
+
+def test_training_mode_blocks_and_is_left_as_it_is(tmp_path: Path) -> None:
+    model = Noted(before=nn.BatchNorm2d(1)).eval()
+    model.before.train()
+    before, modes = weights_hash(model), [m.training for m in model.modules()]
+    record = evaluate(images().take(16), model, claim="accuracy >= 0.1", out=tmp_path / "run", certificates=[IBP()])
+    assert record.verdict is not None
+    assert (record.verdict.word, record.verdict.exit_code) == ("blocked", 12)
+    assert record.attacks == []
+    assert record.certified is None
+    assert [f.id for f in record.header.checks if f.severity == "block"] == ["training-mode", "batch-coupling"] or [
+        f.id for f in record.header.checks if f.severity == "block"
+    ] == ["training-mode"]
+    assert "nothing is known about robustness" in record.describe()
+    assert weights_hash(model) == before
+    assert [m.training for m in model.modules()] == modes
+    # and so the same command finds its own record again
+    again = evaluate(images().take(16), model, claim="accuracy >= 0.1", out=tmp_path / "run", certificates=[IBP()])
+    assert header_facts(again.dir) == header_facts(record.dir)
+
+
+def test_softmax_output_only_warns() -> None:
+    record = evaluate(images().take(16), Noted(after=nn.Softmax(1)).eval(), claim="accuracy >= 0.9")
+    assert "output-type" in [f.id for f in record.header.checks if f.severity == "warn"]
+    assert record.verdict is not None
+    assert record.verdict.word == "refuted"
+    assert record.attacks == [0, 1, 2]
+
+
+def test_infinite_radius_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ThreatError, match=r"needs a finite radius; got l2:inf.*mohs.attack"):
+        evaluate(threat="l2:inf", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_step_that_cannot_run_is_said_in_the_limits() -> None:
+    plan = Plan("with a skip", (PlanStep.make("FGSM"), PlanStep.make("DeepFool", skip={"l0": "it needs a norm"})))
+    record = evaluate(images().take(8), threat="l0:2", plan=plan)
+    assert [a.name for a in record.header.attacks] == ["FGSM CE"]
+    assert record.header.limits == ["DeepFool-50: DeepFool does not serve l0: it needs a norm"]
+    assert evaluate(images().take(8), plan=plan).header.limits == []
+
+
+class Fussy(nn.Module):
+    """A model with a fault."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.net, self.fault = conv(), fault
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.net(x)
+        if self.fault == "raises":
+            raise RuntimeError("no such layer")
+        if self.fault == "gradient" and x.requires_grad:
+            raise RuntimeError("no way back")
+        return {"shape": z[:, None], "none": None, "short": z[:1], "few": z[:, :3]}.get(self.fault, z)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("raises", r"raised RuntimeError on an input of shape .*no such layer"),
+        ("gradient", r"raised RuntimeError on an input of shape .*no way back"),
+        ("shape", r"answered with shape \(16, 1, 10\) to 16 inputs.*Allowed: \[N, K\]"),
+        ("none", r"answered with a NoneType"),
+        ("short", r"answered with shape \(1, 10\) to 16 inputs"),
+        ("few", r"has 3 classes, but labels reach 9 \(rows .*Allowed: 0 to 2"),
+    ],
+)
+def test_faulty_model_is_refused_before_anything_is_written(fault: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"(?s){said}"):
+        evaluate(model=Fussy(fault).eval(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(DataError, match=r"Inputs must lie in the box \[0.2, 0.8\] of the threat; rows 0, 1"):
+        evaluate(threat="linf:0.05 in [0.2, 0.8]", out=out)
+    with pytest.raises(UsageError, match=r"stated_accuracy must lie between 0 and 1; got 1.5"):
+        evaluate(stated_accuracy=1.5, out=out)
+    with pytest.raises(UsageError, match=r"batch must be a whole number >= 1"):
+        evaluate(batch=0, out=out)
+    with pytest.raises(ThreatError, match=r"IBP covers balls of a norm; got the threat l0:3"):
+        evaluate(threat="l0:3", plan=Plan("f", (PlanStep.make("FGSM"),)), certificates=[IBP()], out=out)
+    assert not out.exists()
+
+
+# ---- small and odd problems ------------------------------------------------------------------------------
+
+
+def test_without_a_directory_the_record_lives_as_long_as_it_is_held() -> None:
+    record = evaluate(images().take(4))
+    place = record.dir
+    record.verify()
+    assert place.is_dir()
+    del record
+    gc.collect()
+    assert not place.exists()
+
+
+def test_failing_without_a_directory_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.tempfile, "tempdir", str(tmp_path))
+
+    def stop(stage: str, done: int, total: int, broken: int) -> None:
+        if stage.startswith("2/3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(images().take(4), notify=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_example() -> None:
+    right = int(np.flatnonzero(conv()(images().x[:20]).argmax(1).numpy() == images().y[:20].numpy())[0])
+    record = evaluate(images().take(1, right), claim="accuracy >= 0.5", certificates=[CROWN()])
+    assert record.n == 1
+    assert record.verdict is not None
+    assert record.verdict.word == "undecided"
+    assert record.verdict.exit_code == 11
+
+
+def test_no_right_answer_at_all() -> None:
+    x, _ = images().take(20)
+    record = evaluate(Dataset(x, (conv()(x).argmax(1) + 1) % 10), claim="accuracy >= 0.5", certificates=[IBP()])
+    assert (record.correct.sum(), record.survived.sum(), record.certified_accuracy) == (0, 0, 0.0)
+    assert record.attacks == []
+    assert [p.survived for p in record.header.curve] == [0]
+    assert record.verdict is not None
+    assert record.verdict.word == "refuted"
+
+
+def test_one_logit_and_two_logits_agree() -> None:
+    data = images(2).take(24)
+    pair, flat, column = (
+        evaluate(data, model, threat="linf:0.2") for model in (conv(2), Head(conv(2), True), Head(conv(2), False))
+    )
+    assert 0 < pair.survived.sum() < pair.correct.sum()
+    assert by_content([flat]) == by_content([column])
+    assert flat.header.subject.classes == 2
+    assert np.array_equal(pair.correct, flat.correct)
+    assert (pair.survived != flat.survived).sum() <= 1
+
+
+@pytest.mark.parametrize("aims", [9, ALL_CLASSES])
+def test_more_aims_than_classes(aims: int) -> None:
+    plan = Plan("aims", (PlanStep.make("PGD", {"steps": 4}, aims=aims),))
+    two, ten = evaluate(images(2).take(8), conv(2), plan=plan), evaluate(images().take(8), plan=plan)
+    assert (two.header.plan.steps[0].targets, ten.header.plan.steps[0].targets) == (1, 9)
+    assert two.results(0).restart.max() <= 0
+    assert ten.results(0).forwards.max() > 9
+
+
+def test_nothing_outside_is_touched() -> None:
+    model = copy.deepcopy(conv())
+    for p in model.parameters():
+        p.requires_grad_(True)
+    before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), weights_hash(model))  # noqa: NPY002
+    evaluate(images().take(8), model, certificates=[CROWN()])
+    after = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), weights_hash(model))  # noqa: NPY002
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_inside_inference_mode() -> None:
+    outside = evaluate(images().take(6))
+    with torch.inference_mode():
+        inside = evaluate(Dataset(images().x[:6].clone(), images().y[:6].clone()))
+    assert rows_of(inside) == rows_of(outside)
+
+
+class Poisoned(nn.Module):
+    """Answers NaN to bright inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = x.flatten(1).mean(1, keepdim=True) > 0.3
+        return self.net(x).masked_fill(bright, float("nan"))
+
+
+def test_nan_answers_end_in_a_record_that_can_be_read() -> None:
+    record = evaluate(images().take(24), Poisoned().eval(), claim="accuracy >= 0.5")
+    nan = np.isnan(record.examples.clean_margin)
+    assert 0 < nan.sum() < 24
+    # one of them has label 0, which argmax would call right
+    assert 0 in record.examples.label[nan]
+    assert not record.correct[nan].any()
+    assert set(record.examples.clean_label[nan].tolist()) == {-1}
