@@ -1,27 +1,22 @@
-"""What every attack of the registry promises, whatever it is."""
+"""What every attack of the registry promises, whatever it is: truth, no side effects, its cost, and more is never less."""
 
 from __future__ import annotations
 
 import copy
-import math
 import random
-from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from core_models import Counting, Linear, RowByRow, conv_net, inputs, relu_net
+from cases import each_attack, each_case, make, norms, same, some_threat
+from core_models import Counting, Linear, conv_net, inputs, relu_net
 from torch import Tensor, nn
 
 import mohs
-from mohs import Access, Outcome, Threat
+from mohs import Access, Threat
 from mohs.attacks import REGISTRY
-from mohs.errors import AccessError, DataError, ModelError, ThreatError
-
-FEW = {"steps": 4}
-"""Small budgets for attacks that have steps."""
+from mohs.errors import AccessError
 
 COSTS = {  # documented cost of a row that never succeeds: steps -> (forwards, backwards)
     "FGSM": lambda steps, classes: (2, 1),
@@ -31,44 +26,7 @@ COSTS = {  # documented cost of a row that never succeeds: steps -> (forwards, b
 }
 
 
-def make(name: str, **settings: Any) -> Any:
-    known = {f.name for f in fields(REGISTRY[name])}
-    return REGISTRY[name](**{k: v for k, v in (FEW | settings).items() if k in known})
-
-
-def norms(name: str) -> list[str]:
-    """Short forms the attack supports, at a radius some rows of the test nets give way to."""
-    if REGISTRY[name].finite:
-        return ["linf:0.1", "l2:0.5", "l1:1.5", "l3:0.35", "l1.5:0.8", "l0:3", "l0-features:4"]
-    return ["linf:inf", "l2:inf", "l1:inf", "l3:inf", "linf:0.1", "l2:0.5"]
-
-
-CASES = [(name, threat) for name in REGISTRY for threat in norms(name)]
-each_case = pytest.mark.parametrize(("name", "threat"), CASES, ids=[f"{n}-{t}" for n, t in CASES])
-each_attack = pytest.mark.parametrize("name", list(REGISTRY))
-
-
-def some_threat(name: str) -> str:
-    return norms(name)[0]
-
-
-def same(a: Outcome, b: Outcome, index: Tensor | None = None) -> None:
-    """Equal to the bit, where b ran the rows ``index`` of a."""
-    for field in ("x", "success", "size", "margin", "restart", "forwards", "backwards", "queries"):
-        left = getattr(a, field) if index is None else getattr(a, field)[index]
-        assert torch.equal(left, getattr(b, field)), f"{field} differs"
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Large tensors are then cut into chunks somewhere inside a row."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-# --- what comes out -------------------------------------------------------------------------------------------------
+# --- what comes out --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
@@ -186,85 +144,7 @@ def test_what_a_model_caches_stays_usable_for_training(name: str) -> None:
     model.net(x * weighted).sum().backward()
 
 
-# --- the same bits --------------------------------------------------------------------------------------------------
-
-
-@each_case
-def test_same_seed_same_bytes_and_another_seed_other_starts(name: str, threat: str) -> None:
-    net, x = RowByRow(12), inputs(6, 12)
-    y = net(x).argmax(1)
-    first = mohs.attack(make(name), net, x, y, threat, seed=3)
-    torch.manual_seed(99)
-    same(mohs.attack(make(name), net, x, y, threat, seed=3), first)
-    if getattr(make(name), "random_start", False):
-        stop = mohs.Stop.BUDGET
-        a, b = (mohs.attack(make(name, steps=1, step_size=1e-4), net, x, y, threat, seed=s, stop=stop) for s in (3, 4))
-        assert bool((a.x != b.x).flatten(1).any(1).all())
-
-
-@pytest.mark.parametrize("shape", [(37,), (1, 13, 11)], ids=str)
-@each_case
-def test_a_row_does_not_depend_on_the_others(name: str, threat: str, shape: tuple[int, ...]) -> None:
-    rows = 17  # with batch 7 the last batch is padded, and the waves close ranks
-    net, x = RowByRow(math.prod(shape), seed=1), inputs(rows, *shape)
-    y = net(x).argmax(1)
-    run = {"restarts": 2, "batch": 7}
-    whole = mohs.attack(make(name), net, x, y, threat, **run)
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
-    for index in (order, order[:9], torch.tensor([16]), torch.tensor([3])):
-        same(whole, mohs.attack(make(name), net, x[index], y[index], threat, **run), index)
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("batch", [32, 64])
-@each_attack
-def test_a_net_of_matrix_products_and_convolutions_agrees_too(name: str, batch: int) -> None:
-    # inner sizes are multiples of four: below, matrix libraries themselves answer by place in the batch
-    net, x = conv_net(), inputs(75, 1, 12, 12)
-    y = net(x).argmax(1)
-    threat = norms(name)[1]
-    whole = mohs.attack(make(name), net, x, y, threat, batch=batch)
-    order = torch.randperm(75, generator=torch.Generator().manual_seed(2))
-    for index in (order, order[:40], order[40:], torch.tensor([74])):
-        same(whole, mohs.attack(make(name), net, x[index], y[index], threat, batch=batch), index)
-
-
-class Cheap(nn.Module):
-    """Elementwise products and one reduction per row and class: light on large inputs."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, features, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = [r.clone() for r in x.flatten(1).unbind(0)]
-        return torch.stack([torch.stack([(r * w).sum() for w in self.weight]) for r in rows])
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("threat", ["linf", "l2", "l1", "l3"])
-@each_attack
-def test_large_inputs_cut_by_threads_inside_a_row(name: str, threat: str) -> None:
-    # 3 x 75 x 73 x 7 = 114975 numbers: threads share them, and their borders fall inside rows
-    net, x = Cheap(3 * 75 * 73), inputs(9, 3, 75, 73)
-    y = net(x).argmax(1)
-    radius = {"linf": "0.001", "l2": "0.3", "l1": "20", "l3": "0.05"}[threat] if REGISTRY[name].finite else "inf"
-    run = {"batch": 7}
-    whole = mohs.attack(make(name, steps=2), net, x, y, f"{threat}:{radius}", **run)
-    index = torch.tensor([8, 2, 5, 0])
-    same(whole, mohs.attack(make(name, steps=2), net, x[index], y[index], f"{threat}:{radius}", **run), index)
-    same(whole, mohs.attack(make(name, steps=2), net, x[4:5], y[4:5], f"{threat}:{radius}", **run), torch.tensor([4]))
-
-
-@each_attack
-def test_every_pass_has_the_same_shape(name: str) -> None:
-    net, x = relu_net((6,)), inputs(21, 6)
-    model = Counting(net)
-    mohs.attack(make(name), model, x, net(x).argmax(1), some_threat(name), restarts=2, batch=8)
-    assert model.shapes == {(8, 6)}
-
-
-# --- access and cost ------------------------------------------------------------------------------------------------
+# --- access and cost -------------------------------------------------------------------------------------------------
 
 
 @each_attack
@@ -308,7 +188,7 @@ def test_rows_that_are_wrong_from_the_start_cost_one_look(name: str) -> None:
     assert out.forwards.tolist() == [1] * 5
 
 
-# --- more is never less ---------------------------------------------------------------------------------------------
+# --- more is never less ----------------------------------------------------------------------------------------------
 
 
 @each_case
@@ -348,227 +228,3 @@ def test_more_steps_never_lose_a_success(name: str) -> None:
         now = mohs.attack(attack(steps=steps, **fixed), net, x, y, threat).success
         assert bool((now | ~before).all())
         before = now
-
-
-# --- where floats and shapes run out --------------------------------------------------------------------------------
-
-
-class Flat(nn.Module):
-    """No gradient anywhere, though there is a graph."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tensor([3.0, 1.0, 2.0]) + 0.0 * x.flatten(1).sum(1, keepdim=True)
-
-
-@each_case
-def test_zero_gradients_end_quietly(name: str, threat: str) -> None:
-    for box in ((0.0, 1.0), (0.0, 255.0)):
-        region = Threat.parse(threat).region
-        x = inputs(4, 1, 3, 3)
-        out = mohs.attack(make(name), Flat(), x, torch.zeros(4, dtype=torch.int64), Threat(region, box))
-        assert not out.success.any()
-        assert bool(out.x.isfinite().all())
-
-
-class Poisoned(nn.Module):
-    """Answers NaN to every input whose first number is above 0.5."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = RowByRow(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x[:, :1] > 0.5, torch.nan, self.net(x))
-
-
-@each_case
-def test_nan_logits_are_no_success_and_harm_no_neighbour(name: str, threat: str) -> None:
-    if threat.startswith("l0:"):
-        threat = threat.replace("l0:", "l0-features:")
-    x = inputs(10, 6)
-    x[:, 0] = torch.tensor([0.9, 0.01] * 5)
-    y = Poisoned().net(x).argmax(1)
-    out = mohs.attack(make(name), Poisoned(), x, y, threat, batch=16)
-    logits = Poisoned()(out.x)
-    assert bool(logits[out.success].isfinite().all())
-    assert bool((logits.argmax(1) != y)[out.success].all())
-    healthy = torch.arange(1, 10, 2)
-    same(out, mohs.attack(make(name), Poisoned(), x[healthy], y[healthy], threat, batch=16), healthy)
-    assert bool(out.x.isfinite().all())
-
-
-class Scaled(nn.Module):
-    """The same answers at another scale of the logits."""
-
-    def __init__(self, net: nn.Module, scale: float, shift: float = 0.0) -> None:
-        super().__init__()
-        self.net, self.scale, self.shift = net, scale, shift
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) * self.scale + self.shift
-
-
-@each_case
-def test_saturated_logits_do_not_hide_the_gradient(name: str, threat: str) -> None:
-    net, x = Linear(8, 2), inputs(32, 8)
-    y = net(x).argmax(1)
-    plain = mohs.attack(make(name, random_start=False), net, x, y, threat)
-    assert bool(plain.success.any())
-    assert float(net(x).detach().diff(dim=1).abs().min() * 2**16) > 100  # saturated everywhere
-    loud = mohs.attack(make(name, random_start=False), Scaled(net, 2.0**16), x, y, threat)
-    assert torch.equal(loud.success, plain.success)
-    torch.testing.assert_close(loud.x[loud.success], plain.x[plain.success], rtol=1e-3, atol=1e-4)
-
-
-@each_attack
-def test_logits_far_from_zero_and_masked_classes(name: str) -> None:
-    net, x = Linear(8, 3), inputs(32, 8)
-    y, threat = net(x).argmax(1), norms(name)[0]
-    plain = mohs.attack(make(name, steps=40), net, x, y, threat)
-    for shift in (-100.0, 100.0):  # one library's objective lost every success to negative logits
-        assert torch.equal(
-            mohs.attack(make(name, steps=40), Scaled(net, 1.0, shift), x, y, threat).success, plain.success
-        )
-
-    class Masked(nn.Module):
-        def __init__(self, value: float) -> None:
-            super().__init__()
-            self.net, self.value = net, value
-
-        def forward(self, z: Tensor) -> Tensor:
-            logits = self.net(z)
-            return torch.cat([logits, torch.full_like(logits[:, :1], self.value)], 1)
-
-    for value in (-1e9, -math.inf):
-        assert torch.equal(mohs.attack(make(name, steps=40), Masked(value), x, y, threat).success, plain.success)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@each_attack
-def test_logits_of_another_precision(name: str, dtype: torch.dtype) -> None:
-    net, x = Linear(8, 3), inputs(16, 8)
-
-    class Cast(nn.Module):
-        def forward(self, z: Tensor) -> Tensor:
-            return net(z).to(dtype)
-
-    y = Cast()(x).argmax(1)
-    out = mohs.attack(make(name, steps=10), Cast(), x, y, norms(name)[0])
-    assert out.x.dtype == out.margin.dtype == torch.float32
-    assert bool(out.success.any())
-    assert torch.equal(Cast()(out.x).argmax(1)[out.success] != y[out.success], out.success[out.success])
-
-
-@each_attack
-def test_double_precision_inputs(name: str) -> None:
-    net, x = Linear(8, 3, dtype=torch.float64), inputs(16, 8, dtype=torch.float64)
-    out = mohs.attack(make(name), net, x, net(x).argmax(1), norms(name)[0])
-    assert out.x.dtype == out.size.dtype == torch.float64
-    assert bool(out.success.any())
-
-
-@pytest.mark.parametrize("rows", [0, 1])
-@each_case
-def test_no_rows_and_one_row(name: str, threat: str, rows: int) -> None:
-    net, x = conv_net(), inputs(rows, 1, 12, 12)
-    for settings in ({}, {"aims": 2}, {"targets": torch.ones(rows, dtype=torch.int64)}):
-        y = torch.zeros(rows, dtype=torch.int64)
-        out = mohs.attack(make(name), net, x, y, threat, restarts=2, **settings)
-        assert out.x.shape == x.shape
-        assert out.success.shape == out.size.shape == out.forwards.shape == (rows,)
-        assert repr(out)
-
-
-@pytest.mark.parametrize("form", ["[N]", "[N, 1]"])
-@each_case
-def test_one_logit_is_a_pair_of_classes(name: str, threat: str, form: str) -> None:
-    single = Linear(8, None)
-    x = inputs(32, 8)
-
-    class Column(nn.Module):
-        def forward(self, z: Tensor) -> Tensor:
-            return single(z).unsqueeze(1)
-
-    class Pair(nn.Module):
-        def forward(self, z: Tensor) -> Tensor:
-            z = single(z)
-            return torch.stack([torch.zeros_like(z), z], 1)
-
-    y = (single(x) > 0).long()
-    model = single if form == "[N]" else Column()
-    out = mohs.attack(make(name), model, x, y, threat)
-    same(out, mohs.attack(make(name), Pair(), x, y, threat))
-    assert bool(out.success.any())
-    assert bool(((single(out.x) > 0).long() != y)[out.success].all())
-    with pytest.raises(DataError, match="2 classes"):
-        mohs.attack(make(name), model, x, y + 1, threat)
-
-
-@pytest.mark.parametrize("targeted", [False, True], ids=["labels", "targets"])
-@each_attack
-def test_labels_out_of_range_are_named(name: str, targeted: bool) -> None:
-    net, x = relu_net((6,)), inputs(5, 6)
-    y = torch.tensor([0, 1, 7, 2, 9])
-    arguments = {"y": torch.zeros(5, dtype=torch.int64), "targets": y + 1} if targeted else {"y": y}
-    with pytest.raises(DataError, match=r"4 classes; rows 2 and 4"):
-        mohs.attack(make(name), net, x, threat=some_threat(name), **arguments)
-
-
-@pytest.mark.parametrize(
-    "layer", [nn.BatchNorm2d(1), nn.Dropout(0.5), nn.Dropout2d(0.1), nn.InstanceNorm2d(1)], ids=repr
-)
-@each_attack
-def test_training_mode_is_refused_and_not_flipped(name: str, layer: nn.Module) -> None:
-    net = nn.Sequential(layer, conv_net())
-    net[1].eval()
-    layer.train()
-    with pytest.raises(ModelError, match=r"training mode.*eval\(\)"):
-        mohs.attack(make(name), net, inputs(2, 1, 12, 12), torch.zeros(2, dtype=torch.int64), some_threat(name))
-    assert layer.training
-    layer.eval()
-    mohs.attack(make(name), net, inputs(2, 1, 12, 12), torch.zeros(2, dtype=torch.int64), some_threat(name))
-
-
-@each_attack
-def test_inputs_outside_the_box_are_named(name: str) -> None:
-    net, x = relu_net((6,)), inputs(5, 6)
-    y = torch.zeros(5, dtype=torch.int64)
-    x[1, 2], x[4, 0] = 1.5, -0.5
-    with pytest.raises(DataError, match=r"box \[0, 1\].*rows 1 and 4"):
-        mohs.attack(make(name), net, x, y, some_threat(name))
-    mohs.attack(make(name), net, x, y, some_threat(name) + " in [-1, 2]")
-    x[3, 3] = math.nan
-    with pytest.raises(DataError, match=r"nan or inf in row 3"):
-        mohs.attack(make(name), net, x, y, some_threat(name) + " in [-inf, inf]")
-
-
-@each_attack
-def test_an_infinite_radius_is_for_those_that_can(name: str) -> None:
-    net, x = relu_net((6,)), inputs(2, 6)
-    if REGISTRY[name].finite:
-        with pytest.raises(ThreatError, match="finite radius"):
-            mohs.attack(make(name), net, x, net(x).argmax(1), "l2:inf")
-    else:
-        mohs.attack(make(name), net, x, net(x).argmax(1), "l2:inf")
-
-
-@each_attack
-def test_infinite_boxes(name: str) -> None:
-    net, x = Linear(6, 3), inputs(16, 6) * 10 - 5
-    for short in ("linf", "l2", "l1", "l3"):
-        threat = f"{short}:{20.0 if REGISTRY[name].finite else math.inf} in [-inf, inf]"
-        out = mohs.attack(make(name, steps=20), net, x, net(x).argmax(1), threat)
-        assert out.success.all(), threat
-
-
-@each_attack
-def test_a_failure_leaves_the_best_point_of_the_region(name: str) -> None:
-    # one library answers the clean input where it fails, which trains nobody; another never looks at the last iterate
-    net, x = relu_net((6,)), inputs(16, 6)
-    y = net(x).argmax(1)
-    out = mohs.attack(make(name), net, x, y, "linf:0.003")
-    if REGISTRY[name].finite:
-        loss, clean = (nn.functional.cross_entropy(net(z), y, reduction="none") for z in (out.x, x))
-        assert bool((loss > clean).all())
-    least = mohs.attack(make(name), Flat(), x, torch.zeros(16, dtype=torch.int64), "linf:0.003")
-    assert not least.success.any()

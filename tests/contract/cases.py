@@ -1,0 +1,44 @@
+"""Which attack runs under which threat in the contract tests, and when two outcomes are the same."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mohs import Outcome
+from mohs.attacks import REGISTRY
+
+FEW = {"steps": 4}
+"""Small budgets for attacks that have steps."""
+
+
+def make(name: str, **settings: Any) -> Any:
+    known = {f.name for f in fields(REGISTRY[name])}
+    return REGISTRY[name](**{k: v for k, v in (FEW | settings).items() if k in known})
+
+
+def norms(name: str) -> list[str]:
+    """Short forms the attack supports, at a radius some rows of the test nets give way to."""
+    if REGISTRY[name].finite:
+        return ["linf:0.1", "l2:0.5", "l1:1.5", "l3:0.35", "l1.5:0.8", "l0:3", "l0-features:4"]
+    return ["linf:inf", "l2:inf", "l1:inf", "l3:inf", "linf:0.1", "l2:0.5"]
+
+
+CASES = [(name, threat) for name in REGISTRY for threat in norms(name)]
+each_case = pytest.mark.parametrize(("name", "threat"), CASES, ids=[f"{n}-{t}" for n, t in CASES])
+each_attack = pytest.mark.parametrize("name", list(REGISTRY))
+
+
+def some_threat(name: str) -> str:
+    return norms(name)[0]
+
+
+def same(a: Outcome, b: Outcome, index: Tensor | None = None) -> None:
+    """Equal to the bit, where b ran the rows ``index`` of a."""
+    for field in ("x", "success", "size", "margin", "restart", "forwards", "backwards", "queries"):
+        left = getattr(a, field) if index is None else getattr(a, field)[index]
+        assert torch.equal(left, getattr(b, field)), f"{field} differs"
