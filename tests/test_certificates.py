@@ -209,6 +209,26 @@ def test_intermediate_bounds_contain_every_corner() -> None:
                 assert (z.relu() >= passage.below[i].unsqueeze(1) * z).all()
 
 
+def test_bounds_before_a_relu_are_exact_behind_affine_layers() -> None:
+    first, second = random_net(3, 4, seed=1)[0], random_net(4, 6, seed=2)[0]
+    net = nn.Sequential(first, second, nn.ReLU(), nn.Linear(6, 2, dtype=torch.float64))
+    x = torch.full((1, 3), 0.5, dtype=torch.float64)
+    second.bias.data -= net[:2](x)[0].detach() + torch.tensor([0.3, -0.3, 0.1, -0.1, 0.2, -0.2])  # all six cross zero
+    read = read_net(net, x, torch.float64)
+    passage = bounds.enclose(read, bounds.Ball.around(x, Linf(0.4), (0, 1), read.arithmetic), 4)
+    corners = x + 0.4 * torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), dtype=torch.float64)
+    z = net[:2](corners).detach()
+    low, high = z.amin(0), z.amax(0)
+    assert ((low < 0) & (high > 0)).sum() >= 5
+    assert passage.hull is not None
+    assert (passage.hull.upper[0] >= high.relu()).all()
+    torch.testing.assert_close(passage.hull.upper[0], high.relu(), atol=1e-4, rtol=0)
+    crossing = (low < 0) & (high > 0)
+    slopes = (high / (high - low))[crossing]
+    torch.testing.assert_close(passage.above[2][0][crossing], slopes, atol=1e-4, rtol=0)
+    assert (passage.offset[2][0] >= -passage.above[2][0] * low - 1e-12)[crossing].all()
+
+
 # ---- soundness by points, on every layer and norm
 
 

@@ -117,6 +117,9 @@ def test_the_adjoint_of_every_layer() -> None:
             a = torch.randn(1, *layer.out_shape, generator=generator, dtype=torch.float64)
             left, right = (a * layer.linear(v)).sum(), (layer.adjoint(a) * v).sum()
             torch.testing.assert_close(left, right)
+            outputs = torch.arange(a.numel())
+            matrix = layer.adjoint(torch.eye(a.numel(), dtype=torch.float64).view(-1, *layer.out_shape))
+            torch.testing.assert_close(layer.rows(outputs, a), matrix)
             checked += 1
     assert checked == 6
 

@@ -28,6 +28,13 @@ def _norm(v: Tensor, q: float, arithmetic: Arithmetic) -> Tensor:
     return safe_norm(v, q) * (1 + gamma(2 * v[0].numel() + 16, arithmetic.u_bound))
 
 
+def _dot(a: Tensor, values: Tensor, rows: Tensor | int) -> Tensor:
+    """Inner products [P] of functions [P, ...] with ``values`` [N, ...] of one row, or of a row each."""
+    if isinstance(rows, int):
+        return a.flatten(1) @ values[rows].flatten()
+    return (a.flatten(1) * values.flatten(1)[rows]).sum(1)
+
+
 @dataclass
 class Ball:
     """Points between ``lower`` and ``upper`` [N, ...]; with ``radius`` [N] also within it of ``center`` in p-norm."""
@@ -64,17 +71,14 @@ class Ball:
             *((None, None, 1.0) if math.isinf(region.p) else (center, radius, _dual_exponent(region.p))),
         )
 
-    def minimum(self, a: Tensor, rows: Tensor) -> Tensor:
-        """Lower bounds of the linear functions ``a`` [P, ...] over the balls of ``rows`` [P], without offset."""
+    def minimum(self, a: Tensor, rows: Tensor | int) -> Tensor:
+        """Lower bounds of the linear functions ``a`` [P, ...] over the balls of ``rows`` (one, or [P]), without offset."""
         a = a.flatten(1)
-        lower, upper = (v.flatten(1)[rows] for v in (self.lower, self.upper))
-        best = (a.clamp_min(0) * lower + a.clamp_max(0) * upper).sum(1)
+        size = torch.maximum(self.lower.abs(), self.upper.abs())
+        best = _dot(a.clamp_min(0), self.lower, rows) + _dot(a.clamp_max(0), self.upper, rows)
         if self.center is not None and self.radius is not None:
-            center = self.center.flatten(1)[rows]
-            best = best.fmax((a * center).sum(1) - self.radius[rows] * _norm(a, self.q, self.arithmetic))
-        size = torch.maximum(lower.abs(), upper.abs())
-        lost = gamma(2 * a.shape[1] + 16, self.arithmetic.u_bound)
-        return best - lost * (a.abs() * size).sum(1)
+            best = best.fmax(_dot(a, self.center, rows) - self.radius[rows] * _norm(a, self.q, self.arithmetic))
+        return best - gamma(2 * a.shape[1] + 16, self.arithmetic.u_bound) * _dot(a.abs(), size, rows)
 
 
 @dataclass
@@ -195,19 +199,35 @@ def _tighten(net: Net, passage: Passage, i: int, lower: Tensor, upper: Tensor, s
     """Intersect the intervals before ReLU ``i`` that cross zero with the bounds of passes backwards from there."""
     shape = lower.shape
     low, high = lower.flatten(1).clone(), upper.flatten(1).clone()
-    rows, columns = ((low < 0) & (high > 0)).nonzero(as_tuple=True)
-    for row, column in zip(rows.split(specs), columns.split(specs)):
-        if len(row) == 0:  # split gives one empty part
-            break
-        pick = low.new_zeros(len(row), low.shape[1])
-        pick[torch.arange(len(row), device=row.device), column] = 1.0
-        pick = pick.view(-1, *shape[1:])
-        low[row, column] = low[row, column].fmax(backwards(net, passage, pick, row, i))
-        high[row, column] = high[row, column].fmin(-backwards(net, passage, -pick, row, i))
+    crossing = (low < 0) & (high > 0)
+    last = max(j for j in range(i) if isinstance(net.layers[j], Affine))  # only reshapes stand between it and the ReLU
+    layer = net.layers[last]
+    if not isinstance(layer, Affine) or any(isinstance(between, ReLU) for between in net.layers[last:i]):
+        return lower, upper  # a ReLU's input is itself the output of one, and never crosses zero
+    for row in range(len(low)):  # row by row, as functions of one ball need no copies of what they meet
+        rounding = passage.rounding[last][row].flatten()
+        offset = layer.offset()
+        offset = torch.zeros_like(rounding) if offset is None else offset.expand(layer.out_shape).flatten()
+        for outputs in crossing[row].nonzero().flatten().split(specs):
+            if len(outputs) == 0:  # split gives one empty part
+                break
+            a = layer.rows(outputs, low)
+            least = offset[outputs] - rounding[outputs]
+            most = offset[outputs] + rounding[outputs]
+            low[row, outputs] = low[row, outputs].fmax(backwards(net, passage, a, row, last, constant=least))
+            high[row, outputs] = high[row, outputs].fmin(-backwards(net, passage, -a, row, last, constant=-most))
     return low.view(shape), high.view(shape)
 
 
-def backwards(net: Net, passage: Passage, a: Tensor, rows: Tensor, start: int, stop: int = 0) -> Tensor:
+def backwards(
+    net: Net,
+    passage: Passage,
+    a: Tensor,
+    rows: Tensor | int,
+    start: int,
+    stop: int = 0,
+    constant: Tensor | None = None,
+) -> Tensor:
     """Lower bounds [P] of linear functions of the values before layer ``start``.
 
     Substitutes layer by layer down to the values before layer ``stop`` (0: the input; else just behind the last ReLU),
@@ -217,12 +237,13 @@ def backwards(net: Net, passage: Passage, a: Tensor, rows: Tensor, start: int, s
         net: the layers.
         passage: of the forward pass, complete up to ``start``.
         a: [P, ...] linear functions.
-        rows: [P] which ball each is about.
+        rows: which ball each is about: one for all, or [P].
         start, stop: layer indices.
+        constant: [P] added to the functions.
     """
     u = net.arithmetic.u_bound
-    total = a.new_zeros(len(a))
-    spent = a.new_zeros(len(a))  # sum of magnitudes, for the rounding of the total
+    total = a.new_zeros(len(a)) if constant is None else constant
+    spent = total.abs()  # sum of magnitudes, for the rounding of the total
     for i in range(start - 1, stop - 1, -1):
         layer: Layer = net.layers[i]
         if isinstance(layer, Reshape):
@@ -230,20 +251,20 @@ def backwards(net: Net, passage: Passage, a: Tensor, rows: Tensor, start: int, s
             continue
         up = 1 + gamma(a[0].numel() + 16, u)
         if isinstance(layer, ReLU):
-            positive, negative = a.clamp_min(0), a.clamp_max(0)
-            term = (negative * passage.offset[i][rows]).flatten(1).sum(1) * up
-            a = positive * passage.below[i][rows] + negative * passage.above[i][rows]
+            term = _dot(a.clamp_max(0), passage.offset[i], rows) * up
+            one = slice(rows, rows + 1) if isinstance(rows, int) else rows
+            a = a * torch.where(a > 0, passage.below[i][one], passage.above[i][one])
         else:
-            term = -(a.abs() * passage.rounding[i][rows]).flatten(1).sum(1) * up
+            term = -_dot(a.abs(), passage.rounding[i], rows) * up
             offset = layer.offset()
             if offset is not None:
-                shift = (a * offset).flatten(1).sum(1)
+                shift = a.flatten(1) @ offset.expand(layer.out_shape).flatten()
                 total, spent = total + shift, spent + shift.abs()
             a = layer.adjoint(a)
         total, spent = total + term, spent + term.abs()
     ball = passage.ball if stop == 0 or passage.hull is None else passage.hull
     end = ball.minimum(a, rows)
-    return total + end - gamma(4 * (start - stop) + 8, u) * (spent + end.abs())
+    return total + end - gamma(4 * (start - stop) + 12, u) * (spent + end.abs())
 
 
 def margins(net: Net, passage: Passage, y: Tensor, specs: int, stop: int) -> Tensor:

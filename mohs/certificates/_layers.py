@@ -100,6 +100,12 @@ class Affine:
         """a W for linear functions a [P, *out_shape] of the outputs: [P, *in_shape]."""
         raise NotImplementedError
 
+    def rows(self, outputs: Tensor, like: Tensor) -> Tensor:
+        """Rows of W [P, *in_shape] for ``outputs`` [P], flat indices of single outputs; ``like`` for the dtype."""
+        single = like.new_zeros(len(outputs), math.prod(self.out_shape))
+        single[torch.arange(len(outputs), device=outputs.device), outputs] = 1.0
+        return self.adjoint(single.view(-1, *self.out_shape))
+
     def offset(self) -> Tensor | None:
         """b, broadcastable to ``out_shape``."""
         raise NotImplementedError
@@ -153,6 +159,10 @@ class Linear(Affine):
         """a W."""
         return a @ self.weight
 
+    def rows(self, outputs: Tensor, like: Tensor) -> Tensor:
+        """Rows of the matrix."""
+        return self.weight[outputs] if len(self.in_shape) == 1 else super().rows(outputs, like)
+
     def offset(self) -> Tensor | None:
         """The bias."""
         return self.bias
@@ -196,6 +206,26 @@ class Conv2d(Affine):
             - ((self.out_shape[1 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
             for i in (0, 1)
         )
+
+    def rows(self, outputs: Tensor, like: Tensor) -> Tensor:
+        """Copies of the filters, each where its window lies."""
+        _, height, width = self.out_shape
+        channel, place = outputs // (height * width), outputs % (height * width)
+        filters = self.weight[channel]
+        index = [torch.arange(size, device=outputs.device) for size in filters.shape]
+        first = channel // (self.out_shape[0] // self.groups) * self.weight.shape[1]  # of its group
+        corner = (place // width * self.stride[0], place % width * self.stride[1])
+        above, left = self.padding
+        padded = like.new_zeros(
+            len(outputs), self.in_shape[0], self.in_shape[1] + 2 * above, self.in_shape[2] + 2 * left
+        )
+        padded[
+            index[0][:, None, None, None],
+            (first[:, None] + index[1])[:, :, None, None],
+            (corner[0][:, None] + index[2] * self.dilation[0])[:, None, :, None],
+            (corner[1][:, None] + index[3] * self.dilation[1])[:, None, None, :],
+        ] = filters
+        return padded[:, :, above : above + self.in_shape[1], left : left + self.in_shape[2]]
 
     def _convolve(self, v: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(v, weight, None, self.stride, self.padding, self.dilation, self.groups)
