@@ -110,6 +110,28 @@ class Lp:
         """The point of the ball that gains most along ``g``, clipped to the box (FGSM's step)."""
         return self.project(x0 + per_row(eps, g) * self.steepest(g), x0, eps, box)
 
+    def shortest(self, w: Tensor, gain: Tensor, x: Tensor, box: Box) -> Tensor:
+        """The smallest change r with <w, r> = gain [B] and x + r in the box; to the box's corner where none gains that much.
+
+        It is the steepest direction, t times, each coordinate stopped at its bound; the gain is piecewise linear in t, with
+        a kink where a coordinate stops, so one sort gives t in closed form. O(D log D) per row.
+        """
+        shape, direction = w.shape, self.steepest(w).flatten(1)
+        pace, w, x = direction.abs(), w.flatten(1), x.flatten(1)
+        moving = pace > 0
+        room = torch.where(w > 0, box[1] - x, x - box[0]).masked_fill_(~moving, 0.0).clamp_min_(0.0)
+        stop, order = torch.where(moving, room / pace, math.inf).sort(dim=1, stable=True)
+        rate = (w.abs() * pace).gather(1, order)
+        full = torch.nn.functional.pad(
+            (w.abs() * room).gather(1, order).cumsum(1), (1, -1)
+        )  # of those that have stopped
+        rest = rate.flip(1).cumsum(1).flip(1)  # of those that still move
+        last = ((full + stop * rest) < gain.unsqueeze(1)).sum(1, keepdim=True)  # the kink behind which t lies
+        inside = last.clamp_max(stop.shape[1] - 1)
+        t = (gain.unsqueeze(1) - full.gather(1, inside)) / rest.gather(1, inside)
+        t = torch.where((last == inside) & t.isfinite(), t, torch.finfo(x.dtype).max)
+        return torch.minimum(t * pace, room).mul_(direction.sign()).view(shape)
+
     def move(self, x: Tensor, g: Tensor, size: Tensor, x0: Tensor, box: Box) -> Tensor:
         """One ascent step of length ``size`` [B] from ``x`` along ``g``, before projection."""
         return self.steepest(g).mul_(per_row(size, x)).add_(x)
@@ -188,6 +210,17 @@ class L1(Lp):
         flat = g.flatten(1)
         best = flat.abs().argmax(1, keepdim=True)
         return torch.zeros_like(flat).scatter_(1, best, flat.gather(1, best).sign()).view_as(g)
+
+    def shortest(self, w: Tensor, gain: Tensor, x: Tensor, box: Box) -> Tensor:
+        """The smallest change r with <w, r> = gain and x + r in the box: coordinates in order of |w|, each to its bound."""
+        shape, w, x = w.shape, w.flatten(1), x.flatten(1)
+        room = torch.where(w > 0, box[1] - x, x - box[0]).masked_fill_(w == 0, 0.0).clamp_min_(0.0)
+        strength, order = w.abs().sort(dim=1, descending=True, stable=True)
+        room = room.gather(1, order)
+        before = torch.nn.functional.pad((strength * room).cumsum(1), (1, -1))
+        missing = (gain.unsqueeze(1) - before).clamp_min_(0.0)
+        spend = torch.minimum(missing / strength.clamp_min(torch.finfo(w.dtype).tiny), room)
+        return torch.zeros_like(w).scatter_(1, order, spend).mul_(w.sign()).view(shape)
 
     def extreme(self, g: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
         """Exact maximiser of <g, x> over ball and box: coordinates in order of |g|, each to its bound, until eps is spent."""

@@ -217,9 +217,11 @@ class Target:
             score = -size
             better = met & live & (score > found.score) & (size <= problem.eps * (1 + 1e-5))
         else:
-            # a point that meets the goal beats any that does not; among equals the higher objective wins
+            # a point that meets the goal beats any that does not; among equals the higher objective wins, then the margin
+            # (cross-entropy is 0 all over where a model is saturated)
             score = value
-            better = live & ((met & ~found.met) | ((met == found.met) & (score > found.score)))
+            higher = (score > found.score) | ((score == found.score) & (lead > found.margin))
+            better = live & ((met & ~found.met) | ((met == found.met) & higher))
             if not bool(better.any()):
                 return lead, met
             better &= region.contains(x, problem.x0, problem.eps)

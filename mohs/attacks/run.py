@@ -181,9 +181,7 @@ class Job:
         self.margin = x.new_full((len(x),), -math.inf)
         self.spent = 0
         self.trace = x.new_full((*count, attack.steps + 1), math.nan) if trace else None
-        self.key = streams.derive(
-            streams.derive(streams.content_keys(self.x), seed), streams.text_key(repr(attack))
-        )
+        self.key = streams.derive(streams.derive(streams.content_keys(self.x), seed), streams.text_key(repr(attack)))
         self.ranked: Tensor | None = None
 
     def run(self) -> Iterator[Tensor]:

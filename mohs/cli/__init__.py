@@ -20,6 +20,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command; errors become a message on stderr and an exit code."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("\nmohs: interrupted. Issue the same command again to go on where it stopped.", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str]) -> int:
     from cyclopts import CycloptsError
 
     from mohs.cli.commands import app
@@ -32,13 +40,10 @@ def run(argv: Sequence[str]) -> int:
     except MohsError as error:
         print(f"mohs: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("\nmohs: interrupted. Issue the same command again to go on where it stopped.", file=sys.stderr)
-        return 130
     except BrokenPipeError:
-        # the reader (head, less) has gone; nothing more can be said to it
+        # the reader has gone before a verdict was given: nothing more can be said to it, but this is no success
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1
     except OSError as error:
         reasons = {
             errno.ENOSPC: "the disk is full; free some room",

@@ -27,6 +27,7 @@ app = App(
     Takes a classifier, a threat and a claim; tries to refute the claim with attacks and to prove it with certificates;
     says which it managed, with evidence that anyone can replay. New here? Try `mohs demo`.""",
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # its own answer would be silence
 )
 
 _what = Group("What is evaluated", sort_key=0)

@@ -137,7 +137,7 @@ class _Evaluation:
         self.threat, self.plan, self.claim, self.certificates = threat, plan, claim, certificates
         self.seed, self.batch = seed, batch
         self.notify: Notify = notify or (lambda stage, done, total, broken: None)
-        with untouched(model, seed), torch.inference_mode():
+        with untouched(model, seed), torch.no_grad():
             self.classes = classify(model, self._padded(x[:1])).shape[1] if len(x) else 0
         high = (y >= max(self.classes, 1)).nonzero().flatten().tolist()
         if high:
@@ -401,7 +401,7 @@ class _Evaluation:
         labels, margins, confidences = [], [], []
         for at in range(0, len(x), self.batch):
             part, rows = x[at : at + self.batch], min(self.batch, len(x) - at)
-            with untouched(self.model, self.seed), torch.inference_mode():
+            with untouched(self.model, self.seed), torch.no_grad():
                 logits = classify(self.model, self._padded(part))[:rows]
             p, label = logits.softmax(1).max(1)
             none = logits.isnan().any(1)  # argmax would call nan class 0; -1 is nobody's label, so it counts as wrong

@@ -74,7 +74,7 @@ def replay(record: Record, model: nn.Module) -> Replayed:
             eps = torch.full((len(x),), threat.region.eps, dtype=x.dtype, device=device)
             inside = threat.region.contains(x, x0, eps)
             inside &= (x.flatten(1).amin(1) >= threat.box[0]) & (x.flatten(1).amax(1) <= threat.box[1])
-            with torch.inference_mode():
+            with torch.no_grad():
                 fill = torch.arange(batch, device=device).clamp_max(len(x) - 1)
                 logits = classify(model, x[fill])[: len(x)]
             met = Goal.leave(y).margin(logits) > rounding(logits)

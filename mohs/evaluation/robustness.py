@@ -276,6 +276,6 @@ def _own_labels(model: nn.Module, x: Tensor, batch: int) -> Tensor:
     labels = []
     for part in x.detach().split(batch):
         index = torch.arange(batch, device=x.device).clamp_max(len(part) - 1)
-        with torch.inference_mode():
+        with torch.no_grad():
             labels.append(classify(model, part[index]).argmax(1)[: len(part)])
     return torch.cat(labels).clone() if labels else torch.zeros(0, dtype=torch.int64, device=x.device)

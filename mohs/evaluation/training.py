@@ -75,7 +75,7 @@ def measure(model: nn.Module, data: Dataset, threat: Threat | str, seed: int = 0
     These are upper bounds of the robust accuracy, for comparing trainings; ``mohs.evaluate`` makes evidence of them.
     """
     x, y = data
-    with torch.inference_mode():
+    with torch.no_grad():
         right = torch.cat([classify(model, part).argmax(1) for part in x.split(1000)]) == y
     figures = {"clean": float(right.double().mean())}
     for name, attack, restarts in (("fgsm", FGSM(), 1), ("pgd_40x1", PGD(steps=40), 1), ("pgd_40x5", PGD(steps=40), 5)):

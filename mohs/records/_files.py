@@ -112,6 +112,11 @@ def _sqlite_text(path: Path, doing: str, error: sqlite3.Error) -> str:
         )
     if "full" in said:
         return f"cannot {doing}: {_full(path)}"
+    if "disk I/O" in said:
+        return (
+            f"cannot {doing}: the file system refused to write {path} ({said}): it is full, over a quota, or failing. "
+            "What was recorded before is intact. Mend that and issue the command again, or choose another --out."
+        )
     if "readonly" in said or "unable to open" in said:
         return f"cannot {doing}: {_closed(path, said)}"
     if "locked" in said or "busy" in said:

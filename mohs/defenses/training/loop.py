@@ -278,7 +278,7 @@ class _Run:
             for name, attack in (("one_step", self.watch.one_step), ("many_steps", self.watch.many_steps)):
                 seed = number(self.recipe.seed, "watch", name)
                 points[name] = self._points(attack, x, y, self.threat.region.eps, seed, min(256, len(x)))
-        with evaluating(self.model), torch.inference_mode(), seeded(self.recipe.seed, "measure"):
+        with evaluating(self.model), torch.no_grad(), seeded(self.recipe.seed, "measure"):
             right = {
                 name: float((classify(self.model, p).argmax(1) == y).double().mean()) for name, p in points.items()
             }

@@ -54,7 +54,7 @@ class Probe:
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, K] without gradients, in physical batches."""
-        with torch.inference_mode():
+        with torch.no_grad():
             parts = [self._padded(self._classify, part) for part in x.split(self.batch or max(len(x), 1))]
             logits = torch.cat(parts)
         return logits.clone()
