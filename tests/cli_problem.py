@@ -58,9 +58,10 @@ class Shop:
     def model(self) -> list[str]:
         return ["linear", DATA, "--weights", str(self.weights), "--n", "24"]
 
-    @property
-    def how(self) -> list[str]:
-        return ["--threat", "linf:0.02", "--plan", str(self.plan), "--batch", "8", "--out", str(self.out)]
+    def how(self, **changes: object) -> list[str]:
+        """The options of ``mohs run``, some of them changed."""
+        usual = {"threat": "linf:0.02", "plan": self.plan, "batch": 8, "out": self.out}
+        return [str(part) for name, value in (usual | changes).items() for part in (f"--{name}", value)]
 
     def do(self, *argv: object) -> tuple[int, str, str]:
         """Run a command in this process: exit code, stdout and stderr, with the line breaks of the terminal undone."""
@@ -71,7 +72,7 @@ class Shop:
 
     def run(self, *more: object) -> tuple[int, str, str]:
         """``mohs run`` on the small net, with further arguments."""
-        return self.do("run", *self.model, *self.how, *more)
+        return self.do("run", *self.model, *self.how(), *more)
 
     def refused(self, *argv: object) -> str:
         """A command that must end with exit code 2, one message, no traceback, and nothing in --out; the message."""

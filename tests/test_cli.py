@@ -118,7 +118,7 @@ def test_diff_counts_what_changed(shop: Shop) -> None:
     other = shop.folder / "single"
     plan = shop.folder / "single.toml"
     plan.write_text('[[attack]]\nuse = "FGSM"\n')
-    shop.do("run", *shop.model, "--threat", "linf:0.02", "--plan", plan, "--batch", 8, "--out", other)
+    shop.do("run", *shop.model, *shop.how(plan=plan, out=other))
     code, out, _ = shop.do("diff", other, shop.out)
     assert code == 0
     assert "Of 24 shared examples" in out
@@ -275,7 +275,7 @@ def test_main_exits_with_the_code(shop: Shop) -> None:
 
 
 def test_module_run_from_a_shell(shop: Shop) -> None:
-    code, out, err = shop.finish(shop.start("run", *shop.model, *shop.how, "--claim", "accuracy >= 0.9"))
+    code, out, err = shop.finish(shop.start("run", *shop.model, *shop.how(), "--claim", "accuracy >= 0.9"))
     assert code == 10, err
     assert "REFUTED" in out
     header = records.load_header(shop.out)
@@ -283,14 +283,14 @@ def test_module_run_from_a_shell(shop: Shop) -> None:
     # the same bytes as in this process
     digest = header.ledger_digest
     here = shop.folder / "here"
-    shop.do("run", *shop.model, *shop.how[:-1], here)
+    shop.do("run", *shop.model, *shop.how(out=here))
     assert records.load_header(here).ledger_digest == digest
 
 
 def test_interrupt_from_a_shell_and_go_on(shop: Shop) -> None:
     slow = shop.folder / "slow.toml"
     slow.write_text('[[attack]]\nuse = "FGSM"\n[[attack]]\nuse = "PGD"\nwith = { steps = 100000 }\n')
-    command = ["run", *shop.model, "--threat", "linf:0.02", "--plan", slow, "--batch", 8, "--out", shop.out]
+    command = ["run", *shop.model, *shop.how(plan=slow)]
     process = shop.start(*command)
     ends = time.monotonic() + 60
     while not _has_rows(shop.out) and process.poll() is None and time.monotonic() < ends:
@@ -313,7 +313,10 @@ def _has_rows(directory: Path) -> bool:
 
 
 def test_reader_that_leaves_early_changes_no_exit_code(shop: Shop) -> None:
-    for command, wanted in (["list", "models"], 0), (["run", *shop.model, *shop.how, "--claim", "accuracy >= 0.9"], 10):
+    for command, wanted in (
+        (["list", "models"], 0),
+        (["run", *shop.model, *shop.how(), "--claim", "accuracy >= 0.9"], 10),
+    ):
         process = shop.start(*command)
         assert process.stdout is not None
         process.stdout.close()
