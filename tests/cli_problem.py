@@ -105,6 +105,17 @@ def plain(text: str | None) -> str:
     return " ".join((text or "").replace("│", " ").split())
 
 
+def in_order(text: str, *parts: str) -> bool:
+    """Do the parts come in the text, one behind the other?"""
+    at = 0
+    for part in parts:
+        at = text.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
 @pytest.fixture
 def shop(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shop:
     monkeypatch.chdir(tmp_path)
