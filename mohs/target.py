@@ -113,8 +113,10 @@ class View(Look):
     _x: Tensor
     _graph: Tensor
 
-    def pull(self, cotangent: Tensor, keep: bool = False) -> Tensor:
+    def pull(self, cotangent: Tensor, keep: bool = False, rows: Tensor | None = None) -> Tensor:
         """Input gradient [B, ...] of <logits, cotangent> per row: one backward. ``keep`` allows another pull.
+
+        ``rows`` [B] says which rows use it: only they are charged.
 
         Non-finite entries become zero, so that one bad coordinate does not spoil a row.
         """
@@ -126,7 +128,7 @@ class View(Look):
                 "path from input to logits: remove detach() or no_grad(), or use an attack that needs less access."
             ) from error
         found = self._problem.found
-        found.backwards += ~found.settled
+        found.backwards += ~found.settled if rows is None else rows & ~found.settled
         if not math.isfinite(float(gradient.sum())):
             gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         return gradient

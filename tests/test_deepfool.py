@@ -65,8 +65,10 @@ def test_exact_on_linear_models(norm: str, classes: int | None, dtype: torch.dty
     ratio = out.size.double().numpy() / np.array(exact)
     assert ratio.min() > 1 - 1e-4
     assert ratio.max() < 1.001
-    assert int(out.forwards.median()) == 2  # one step; where the start is within rounding of the boundary it takes more
-    assert dtype == torch.float32 or int(out.forwards.max()) <= 3
+    assert (
+        int(out.forwards.median()) == 3
+    )  # one step and its polish; where the start is within rounding of the boundary it takes more
+    assert dtype == torch.float32 or int(out.forwards.max()) <= 4
 
 
 @pytest.mark.parametrize("overshoot", [0.02, 0.5])
@@ -209,7 +211,7 @@ def test_revisiting_all_candidates_is_the_papers_algorithm() -> None:
     net = relu_net((10,), classes=5, hidden=30, seed=4).double()
     x = inputs(20, 10, dtype=torch.float64)
     y = net(x).argmax(1)
-    out = mohs.attack(DeepFool(candidates=4, revisit=4), net, x, y, "l2:inf" + FREE)
+    out = mohs.attack(DeepFool(candidates=4, revisit=4, polish=0), net, x, y, "l2:inf" + FREE)
     assert out.success.all()
     want = torch.stack([paper(net, x[i], int(y[i]), 0.02, 50) for i in range(20)])
     torch.testing.assert_close(out.x, want, rtol=0, atol=1e-9)
@@ -220,7 +222,9 @@ def test_revisiting_few_costs_little() -> None:
     net = relu_net((10,), classes=8, hidden=30, seed=4)
     x = inputs(40, 10)
     y = net(x).argmax(1)
-    few, all_of_them = (mohs.attack(DeepFool(candidates=7, revisit=r), net, x, y, "l2:inf" + FREE) for r in (2, 7))
+    few, all_of_them = (
+        mohs.attack(DeepFool(candidates=7, revisit=r, polish=0), net, x, y, "l2:inf" + FREE) for r in (2, 7)
+    )
     assert few.success.all()
     assert float(few.size.mean()) < 1.02 * float(all_of_them.size.mean())
     assert int(few.backwards.sum()) < int(all_of_them.backwards.sum())
@@ -245,8 +249,8 @@ def test_targeted_is_exact_on_linear_models_of_two_classes_and_reaches_the_class
     least = mohs.attack(CLOSE, five, x, y, f"{norm}:inf" + FREE)
     assert bool((out.size >= least.size * (1 - 1e-6)).all())
     assert torch.equal(
-        out.backwards, out.forwards
-    )  # one boundary per step, and the last look has seen its gradient too
+        out.backwards, out.forwards - 1
+    )  # one boundary per step; the look at the polished point needs none
 
 
 class Largest(TorchDispatchMode):

@@ -17,15 +17,25 @@ from mohs.target import View, rounding
 from mohs.threat import Access
 
 
+FINAL = 0.05
+"""Below this share of the first gap the direction is found and only the boundary is left to reach."""
+
+SPREAD = 4.0
+"""By how much the gradients of a row's classes may differ: what would be farther away even so is not linearised."""
+
+
 @dataclass
 class DeepFoolState(State):
     """``classes`` [B, c]: the candidates; ``norm`` [B, c]: the dual gradient norm of each when last linearised;
-    ``gap`` [B]: logits to the nearest boundary at the last step; ``push`` [B]: logits to go beyond it."""
+    ``gap`` [B]: logits to the nearest boundary at the last step, ``first`` [B]: at the first one; ``push`` [B]: logits to
+    go beyond it; ``polished`` [B]: projections since the boundary was crossed."""
 
     classes: Tensor | None = None
     norm: Tensor | None = None
     gap: Tensor | None = None
+    first: Tensor | None = None
     push: Tensor | None = None
+    polished: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,12 @@ class DeepFool:
         overshoot: how far beyond the boundary, relative to the change.
         candidates: classes of highest logit that are linearised at first.
         revisit: how many of them are linearised again in later steps, nearest first by the norms last seen.
+        polish: once across, how often to project the clean input onto the boundary linearised at the point found; such a
+            point counts where it is smaller. 0: not at all, as in the paper.
 
-    Cost per step: 1 forward, and ``candidates`` backwards in the first step, ``revisit`` in later ones; memory
-    O(batch x inputs). With ``targets`` or aims: 1 backward.
+    Cost per step: 1 forward, and at most ``candidates`` backwards in the first step, ``revisit`` in later ones (a class that
+    would be farther away even with a gradient four times as large as last seen is passed over); memory O(batch x inputs).
+    With ``targets`` or aims: 1 backward.
 
     >>> import mohs, torch
     >>> net = torch.nn.Linear(2, 2, bias=False)
@@ -59,12 +72,11 @@ class DeepFool:
     >>> round(float(out.size), 3)  # exactly 0.2 / sqrt(2)
     0.141
 
-    **Differs from the paper**: steps are clipped to the box, and a row whose last step gained less than half of what it
-    promised takes the exact smallest step inside the box instead (doing so always is faster but overshoots: 5% larger
-    changes on a small convolutional net); later steps linearise only the ``revisit`` nearest candidates (set it to
-    ``candidates`` for the paper's algorithm 2 to the letter); linearised at x0 + (1 + overshoot) r, where the stopping
-    test looks, as the authors' code does; each step also covers the rounding of the logits; a targeted form (nearest
-    boundary to one class).
+    **Differs from the paper**: steps are clipped to the box, and near the boundary, or where clipping has eaten a whole
+    step, replaced by the exact smallest step inside the box; later steps linearise only the ``revisit`` nearest candidates;
+    the point found is polished (``revisit=candidates, polish=0`` without a box is the paper's algorithm 2 to the letter);
+    linearised at x0 + (1 + overshoot) r, where the stopping test looks, as the authors' code does; each step also covers
+    the rounding of the logits; a targeted form (nearest boundary to one class).
     **Source**: S. Moosavi-Dezfooli, A. Fawzi, P. Frossard, "DeepFool: a simple and accurate method to fool deep neural
     networks", CVPR 2016, algorithms 1 and 2, section 3.3 (equations 10 to 13).
     """
@@ -73,6 +85,7 @@ class DeepFool:
     overshoot: float = 0.02
     candidates: int = 10
     revisit: int = 3
+    polish: int = 1
     needs: ClassVar[Access] = Access.GRADIENT
     finite: ClassVar[bool] = False
 
@@ -80,6 +93,8 @@ class DeepFool:
         for name in ("steps", "candidates", "revisit"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UsageError(f"DeepFool's {name} must be a whole number >= 1; got {getattr(self, name)!r}.")
+        if not isinstance(self.polish, int) or self.polish < 0:
+            raise UsageError(f"DeepFool's polish must be a whole number >= 0; got {self.polish!r}.")
         if not self.overshoot >= 0:
             raise UsageError(f"DeepFool's overshoot must be >= 0; got {self.overshoot!r}.")
 
@@ -92,50 +107,67 @@ class DeepFool:
         x, box, region = state.x, problem.threat.box, problem.threat.region
         view = problem.linearize(x)
         logits = view.logits
-        classes, norm, last, push = state.classes, state.norm, state.gap, state.push
-        if classes is None or norm is None or last is None or push is None:
+        classes, norm, last, first = state.classes, state.norm, state.gap, state.first
+        push, polished = state.push, state.polished
+        if classes is None or norm is None or last is None or first is None or push is None or polished is None:
             classes = self._candidates(problem, view)
-            norm = torch.ones_like(classes, dtype=x.dtype)
-            last = torch.full_like(logits[:, 0], math.inf)
-            push = 2 * rounding(logits)
+            norm = torch.zeros_like(classes, dtype=x.dtype)
+            last = first = torch.full_like(logits[:, 0], math.inf)
+            push, polished = 2 * rounding(logits), torch.zeros_like(problem.goal.label)
         raised, lowered = _pairs(problem, view, classes)
-        gap = (logits.gather(1, lowered) - logits.gather(1, raised)).clamp_min_(0.0)
-        gap.masked_fill_(
+        lead = logits.gather(1, lowered) - logits.gather(1, raised)
+        lead.masked_fill_(
             raised == lowered, math.inf
         )  # where other logits are -inf, the label may be among its own rivals
-        # a step that gained less than half of what it promised: the box has eaten it, or it was below the resolution of x.
-        # Now only coordinates that can move count, the step is exact inside the box, and it goes twice as far beyond
-        stuck = gap.amin(1) > 0.5 * last
+        gap = lead.clamp_min(0.0)
+        # A step that gained nothing: the box has eaten it, or it was below the resolution of x
+        stuck = gap.amin(1) >= last
         last = gap.amin(1)
+        first = last if k == 0 else first
         push = torch.where(stuck, 2 * push, 2 * rounding(logits))
+        exact = stuck | (last < FINAL * first)
         gap = gap + push.unsqueeze(1)
-        order = (gap / norm).argsort(dim=1, stable=True)
+        likely = torch.where(norm > 0, norm, norm.amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+        estimate = torch.where(lead < 0, lead, gap / likely)  # a class that has won comes first
+        order = estimate.argsort(dim=1, stable=True)
         visits = classes.shape[1] if k == 0 else min(self.revisit, classes.shape[1])
+        seeking = ~(problem.found.settled | view.met | (polished > 0))
 
         nearest = torch.full_like(push, math.inf)
         best = torch.zeros_like(x)
         norm = norm.clone()
         for j in range(visits):
             c = order[:, j : j + 1]
+            worth = _worth(nearest, gap, norm, c) & seeking if j else polished == 0
+            if j and not bool(worth.any()):
+                break  # and so for all that follow
             cotangent = torch.zeros_like(logits)
             cotangent.scatter_(1, raised.gather(1, c), 1.0).scatter_(1, lowered.gather(1, c), -1.0)
-            w = view.pull(cotangent, keep=j < visits - 1)
-            if bool(stuck.any()):
-                w = torch.where(per_row(stuck, x), _free(w, x, box), w)
+            w = view.pull(cotangent, keep=j < visits - 1, rows=worth)
+            if j == 0:
+                steep = w
+            if bool(exact.any()):
+                w = torch.where(per_row(exact, x), _free(w, x, box), w)
             dual = region.dual(w)
-            norm.scatter_(1, c, dual.unsqueeze(1))
+            # a row keeps to its own rule: what its batch mates still want to see must not change it
+            norm.scatter_(1, c, torch.where(worth, dual, norm.gather(1, c).squeeze(1)).unsqueeze(1))
             distance = gap.gather(1, c).squeeze(1) / dual
-            closer = distance < nearest
+            closer = worth & (distance < nearest)
             nearest = torch.where(closer, distance, nearest)
             best = torch.where(per_row(closer, x), w, best)
         lost = nearest.isinf()  # no candidate has a gradient: nowhere to go
         length = (1 + self.overshoot) * nearest.masked_fill(lost, 0.0)
-        change = per_row(length, x) * region.steepest(best)
-        if bool(stuck.any()):
-            exact = region.shortest(best, (nearest * region.dual(best)).masked_fill(lost, 0.0), x, box)
-            change = torch.where(per_row(stuck, x), exact * (1 + self.overshoot), change)
-        x = (x + change).clamp_(*box)
-        return DeepFoolState(x, view.met | lost, classes, norm, last, push)
+        moved = x + per_row(length, x) * region.steepest(best)
+        if len(rows := _rows(exact & ~lost)):
+            gain = (nearest * region.dual(best))[rows] * (1 + self.overshoot)
+            moved[rows] = x[rows] + region.shortest(best[rows], gain, x[rows], box)
+        across = view.met & (polished < (self.polish if k else 0))  # nothing to polish where the clean input is met
+        if len(rows := _rows(across)):
+            x0, w = problem.x0[rows], steep[rows]
+            gain = (w * (x[rows] - x0)).flatten(1).sum(1) + lead.gather(1, order[:, :1]).squeeze(1)[rows]
+            moved[rows] = x0 + (1 + self.overshoot) * region.shortest(w, gain, x0, box)
+        done = (view.met & ~across) | (~view.met & (polished > 0)) | lost
+        return DeepFoolState(moved.clamp_(*box), done, classes, norm, last, first, push, polished + across)
 
     def _candidates(self, problem: Problem, view: View) -> Tensor:
         """Rivals of highest logit, [B, c]; one of them where the row has a class to reach or to aim at."""
@@ -154,6 +186,19 @@ def _pairs(problem: Problem, view: View, classes: Tensor) -> tuple[Tensor, Tenso
         raised, lowered = goal.contest(view.logits)  # the strongest rival changes from step to step
         return raised.unsqueeze(1), lowered.unsqueeze(1)
     return classes, goal.label.unsqueeze(1).expand_as(classes)
+
+
+def _worth(nearest: Tensor, gap: Tensor, norm: Tensor, c: Tensor) -> Tensor:
+    """Could class ``c`` be a row's nearest, if its gradient were ``SPREAD`` times as large as last seen? [B] bool."""
+    seen = norm.gather(1, c)
+    likely = torch.where(seen > 0, seen, norm.amax(1, keepdim=True))
+    return ~(gap.gather(1, c) > SPREAD * likely * nearest.unsqueeze(1)).squeeze(1)
+
+
+def _rows(mask: Tensor) -> Tensor:
+    """Indices of the wanted rows, never just one: torch sums a single long row in another order than one of several."""
+    rows = mask.nonzero().squeeze(1)
+    return rows.repeat(2) if len(rows) == 1 else rows
 
 
 def _free(w: Tensor, x: Tensor, box: tuple[float, float]) -> Tensor:

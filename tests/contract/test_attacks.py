@@ -172,9 +172,14 @@ def test_counters_equal_the_documented_cost(name: str, classes: int) -> None:
     assert not out.success.any()
     forwards, backwards = COSTS[name](make(name).steps, classes)
     assert out.forwards.tolist() == out.queries.tolist() == [forwards] * 5
-    assert out.backwards.tolist() == [backwards] * 5
-    assert (model.forwards, model.backwards) == (forwards, backwards)
-    assert out.spent == 5 * (forwards + backwards)
+    if name == "DeepFool":  # its cost is a limit: classes that cannot be the nearest are not linearised
+        assert max(out.backwards.tolist()) <= backwards
+        assert (model.forwards, model.backwards) <= (forwards, backwards)
+        assert int(out.backwards.max()) <= model.backwards <= int(out.backwards.sum())
+    else:
+        assert out.backwards.tolist() == [backwards] * 5
+        assert (model.forwards, model.backwards) == (forwards, backwards)
+    assert out.spent == int((out.forwards + out.backwards).sum())
 
 
 @each_attack
