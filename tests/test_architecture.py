@@ -181,6 +181,12 @@ def test_files_are_short() -> None:
             assert lines <= allowed, f"{path.relative_to(ROOT)} has {lines} lines, allowed are {allowed}: split it"
 
 
+def test_names_of_test_files_are_unique() -> None:
+    # pytest imports test files by their bare names, so two of one name in different folders collide
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 # in pieces, so that this file does not hold them itself
 FORBIDDEN = [
     "".join(pieces)
