@@ -79,12 +79,9 @@ class Lp:
 
     def contains(self, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
         """[B] bool: is the change allowed? Tolerates the rounding of x0 + change and of the norm, 1e-5 relative."""
-        return self.measure(x, x0) <= eps * (1 + 1e-5) + self._rounding(x0)
-
-    def _rounding(self, x0: Tensor) -> Tensor:
-        # x0 + change is rounded coordinate by coordinate; at most one unit in the last place of x0 each
-        worst = _largest(x0).clamp_min_(1.0) * torch.finfo(x0.dtype).eps
-        return worst * (x0[0].numel() ** (1 / self.p) if len(x0) else 1)
+        # x0 + change is rounded coordinate by coordinate: at most one unit in the last place of the result each
+        rounding = (_largest(x0) + eps) * torch.finfo(x0.dtype).eps
+        return self.measure(x, x0) <= eps * (1 + 1e-5) + rounding * (x0[0].numel() ** (1 / self.p) if len(x0) else 1)
 
     def dual(self, w: Tensor) -> Tensor:
         """Dual norm of a gradient, [B]: the best first-order gain of a change of unit norm."""
@@ -161,7 +158,10 @@ class Lp:
 
 @dataclass(frozen=True)
 class L2(Lp):
-    """All changes of Euclidean norm at most ``eps``."""
+    """All changes of Euclidean norm at most ``eps``.
+
+    The projection clips to the box and then shrinks the change: feasible, and a few percent farther than the nearest point.
+    """
 
     p: float = field(default=2.0, init=False, repr=False)
 
@@ -327,6 +327,10 @@ class L0:
         )
 
     dual = steepest
+
+    def shortest(self, w: Tensor, gain: Tensor, x: Tensor, box: Box) -> Tensor:
+        """L0 is no norm; raises as ``steepest`` does."""
+        return self.steepest(w)
 
     def _keep(self, x: Tensor, x0: Tensor, score: Tensor, eps: Tensor) -> Tensor:
         """Undo all changes but those at the ``eps`` positions of highest score; ties go to the first position."""

@@ -21,6 +21,7 @@ def classify(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     Raises:
         ModelError: the model raised, or answered with something that is not one row of logits per input.
     """
+    version = None if x.is_inference() else x._version
     try:
         logits = model(x)
     except (torch.OutOfMemoryError, MemoryError):
@@ -30,6 +31,11 @@ def classify(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             f"The model raised {type(error).__name__} on an input of shape {tuple(x.shape)}, {x.dtype}: {error}. "
             "Check that model and data belong together."
         ) from error
+    if version is not None and x._version != version:
+        raise ModelError(
+            "The model changes its input in place, so the point it judged is not the one it was given. "
+            "Let its first layer work on a copy: x = x.clone()."
+        )
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         what = f"a {logits.dtype} tensor" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ModelError(
@@ -165,7 +171,7 @@ class Target:
 
         Cost: one forward; each pull one backward. The objective defaults to the logit margin.
         """
-        if self.access < Access.GRADIENT:
+        if self.access < Access.GRADIENT and self.guide is self.model:
             raise AccessError(
                 f"The attack asked for a gradient; the threat grants {self.access.name}. "
                 "Use an attack that needs no gradients, or Threat(access=Access.GRADIENT)."
@@ -177,41 +183,49 @@ class Target:
         if int(problem.goal.label.amax()) >= logits.shape[1]:
             _refuse_labels(problem, logits.shape[1])
         value, cotangent = (objective or margin)(logits, problem.goal)
-        lead, met = self._nominate(problem, x.detach(), logits, value)
+        lead, met = self._nominate(problem, x.detach(), logits, value, asked=self.guide is self.model)
         return View(self.access, logits, lead, met, value, cotangent, problem, x, graph)
 
     def look(self, problem: Problem, x: Tensor, objective: Objective | None = None) -> Look:
         """Look at ``x`` [B, ...] without gradients. Cost: one forward, one query.
 
-        ``objective`` is what 'best' means where no success is found; the default is the logit margin.
+        ``objective`` is what 'best' means where no success is found; the default is the logit margin. Where the threat shows
+        nothing of the model (transfer), the guide is looked at instead.
         """
-        if self.access < Access.LABEL:
+        shown = self.access >= Access.LABEL
+        if not shown and self.guide is self.model:
             raise AccessError(
                 "The attack asked for a look at the model; the threat grants none (transfer only). "
                 "Use Threat(access=Access.LABEL) or more."
             )
         with torch.no_grad():  # not inference_mode: what a model caches in its forward must stay usable with gradients
-            logits = classify(self.model, x.detach())
+            logits = classify(self.model if shown else self.guide, x.detach())
         if int(problem.goal.label.amax()) >= logits.shape[1]:
             _refuse_labels(problem, logits.shape[1])
         value = None if objective is None else objective(logits, problem.goal)[0]
-        lead, met = self._nominate(problem, x.detach(), logits, value)
+        lead, met = self._nominate(problem, x.detach(), logits, value, asked=shown)
         return Look(self.access, logits, lead, met)
 
-    def _nominate(self, problem: Problem, x: Tensor, logits: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Count the look and keep ``x`` where it beats what the row has; answers (margin, met) of this look."""
+    def _nominate(
+        self, problem: Problem, x: Tensor, logits: Tensor, value: Tensor | None, asked: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Count the look and keep ``x`` where it beats what the row has; answers (margin, met) of this look.
+
+        ``asked``: was it the model that was looked at? Only that is a query.
+        """
         found, region, box = problem.found, problem.threat.region, problem.threat.box
         lead = problem.goal.margin(logits)
         met = lead > rounding(logits)
         value = lead if value is None else value
         live = ~found.settled
         if self.queries is not None:
-            live &= found.queries < self.queries
+            live &= found.queries < self.queries  # a look beyond the limit is not recorded
         found.forwards += live
-        found.queries += live
+        if asked:
+            found.queries += live
         found.last = torch.where(live, value, found.last)
-        if self._must_judge and bool((met & live).any()):
-            lead, met, live = self._judge(problem, x, lead, met, live)
+        if (self.draws > 0 or not asked) and bool((met & live).any()):
+            lead, met = self._judge(problem, x, lead, met, live)
         if problem.threat.minimum:
             if not bool((met & live).any()):
                 return lead, met
@@ -235,14 +249,12 @@ class Target:
         found.margin = torch.where(better, lead, found.margin)
         return lead, met
 
-    @property
-    def _must_judge(self) -> bool:
-        return self.draws > 0 or self.guide is not self.model
+    def _judge(self, problem: Problem, x: Tensor, lead: Tensor, met: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask the deployed model about nominated points, with fresh draws if it is random; never trust the nominating look.
 
-    def _judge(
-        self, problem: Problem, x: Tensor, lead: Tensor, met: Tensor, live: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Ask the deployed model about nominated points, with fresh draws if it is random; never trust the nominating look."""
+        The answers are the evaluation's, not the attacker's: they cost forwards, but only one query where the attacker's own
+        look was at a guide (to hand in a candidate is to use the model once).
+        """
         wins = torch.zeros_like(lead)
         worst = torch.full_like(lead, math.inf)
         looks = max(self.draws, 1)
@@ -253,7 +265,9 @@ class Target:
             wins += fresh > rounding(logits)
             worst = torch.minimum(worst, fresh)
         problem.found.forwards += (met & live) * looks
-        return torch.where(met, worst, lead), met & (wins * 2 > looks), live
+        if self.guide is not self.model and self.access > Access.NONE:
+            problem.found.queries += met & live
+        return torch.where(met, worst, lead), met & (wins * 2 > looks)
 
 
 def _refuse_labels(problem: Problem, classes: int) -> None:

@@ -108,16 +108,19 @@ class Threat:
             raise ThreatError(f"draws was {self.draws}. Give 0 for a deterministic model, 20 or more for a random one.")
 
     @classmethod
-    def parse(cls, text: str | Threat) -> Threat:
+    def parse(cls, text: str | Threat | Region) -> Threat:
         """Read the short form: ``linf:8/255``, ``l2:0.5``, ``l1:10``, ``l1.5:0.3``, ``l0:20``, ``l0-features:20``, ``l2:inf``.
 
-        A box other than [0, 1] follows in words: ``linf:8 in [0, 255]``. A Threat passes through.
+        A box other than [0, 1] follows in words: ``linf:8 in [0, 255]``. A Threat passes through; a bare region gets
+        the box [0, 1].
 
         Raises:
             ThreatError: the text is no threat; the message lists the forms.
         """
         if isinstance(text, Threat):
             return text
+        if isinstance(text, Lp | L0):
+            return cls(text)
         match = re.fullmatch(r"\s*(\S+?)\s*:\s*([^\s]+)(?:\s+in\s+\[\s*([^,\s]+)\s*,\s*([^\]\s]+)\s*\])?\s*", str(text))
         try:
             if match is None:
@@ -194,8 +197,8 @@ def _json_number(value: float) -> float | str:
 def _number(text: str) -> float:
     top, slash, bottom = text.partition("/")
     value = float(top) / float(bottom) if slash else float(top)
-    if math.isnan(value):
-        raise ValueError
+    if math.isnan(value) or (math.isinf(value) and "inf" not in top.lower()) or (slash and "inf" in text.lower()):
+        raise ValueError  # neither a number too large for a float nor a fraction of infinity is a radius
     return value
 
 

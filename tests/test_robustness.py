@@ -127,7 +127,7 @@ class TestRhoAdv:
             rho_adv(DeepFool(), net, x, norm="l0")
         with pytest.raises(ModelError, match="training mode"):
             rho_adv(DeepFool(), nn.Sequential(nn.Dropout(), net).train(), x)
-        with pytest.raises(DataError, match="floating-point"):
+        with pytest.raises(DataError, match="float32 or float64"):
             rho_adv(DeepFool(), net, torch.ones(3, D, dtype=torch.int64))
 
 

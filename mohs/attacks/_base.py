@@ -31,6 +31,7 @@ class Attack(Protocol):
         steps: how many units of work at most.
         needs: the access it asks for.
         finite: does it need a finite radius?
+        random: do restarts differ? (Taken for granted where it is not said.)
     """
 
     needs: ClassVar[Access]

@@ -21,10 +21,11 @@ def check_inputs(
     batch: int | None = None,
 ) -> None:
     """Raise on the first thing that is wrong with the arguments of an attack."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64) or x.dim() < 2:
         what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise DataError(
-            f"Inputs must be a floating-point tensor [N, ...]; got {what}. Convert images to float in the threat's box."
+            f"Inputs must be a float32 or float64 tensor [N, ...]; got {what}. Convert images to float in the threat's box; "
+            "for a model of lower precision put the cast into the model: changes are measured in the inputs' own precision."
         )
     check_box(x, threat)
     check_labels(y, len(x), "labels y")
@@ -35,8 +36,13 @@ def check_inputs(
             raise DataError(f"Targets must differ from the labels; they are equal in {rows_text(same)}.")
         if aims:
             raise UsageError("aims and targets exclude each other: a target is the only class that counts.")
-    if eps is not None and (eps.shape != (len(x),) or bool((eps < 0).any()) or bool(eps.isnan().any())):
-        raise DataError(f"eps must hold one radius >= 0 per example, shape ({len(x)},); got shape {tuple(eps.shape)}.")
+    if eps is not None:
+        if not isinstance(eps, Tensor) or eps.shape != (len(x),):
+            got = f"shape {tuple(eps.shape)}" if isinstance(eps, Tensor) else f"{eps!r}"
+            raise DataError(f"eps must be a tensor of shape ({len(x)},), one radius per example; got {got}.")
+        bad = (~(eps >= 0)).nonzero().flatten().tolist()
+        if bad:
+            raise DataError(f"Each eps must be >= 0; {rows_text(bad)} are negative or nan. Give radii in input units.")
     for name, value, least in (("restarts", restarts, 1), ("aims", aims, 0), ("batch", batch, 1)):
         if value is not None and (not isinstance(value, int) or value < least):
             raise UsageError(f"{name} must be a whole number >= {least}; got {value!r}.")
@@ -75,6 +81,12 @@ def check_mode(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"The model must be a torch.nn.Module; got {type(model).__name__}. Wrap a function in mohs.models.BlackBox."
+        )
+    frozen = [name for name, tensor in model.named_parameters() if tensor.is_inference()]
+    if frozen:
+        raise ModelError(
+            f"The model was made or loaded inside torch.inference_mode ({frozen[0]} is an inference tensor), so no gradient "
+            "can pass through it. Build it outside of that block."
         )
     for name, module in model.named_modules():
         if module.training and isinstance(module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd):

@@ -45,9 +45,10 @@ class BIM:
     objective: Objective = cross_entropy
     needs: ClassVar[Access] = Access.GRADIENT
     finite: ClassVar[bool] = True
+    random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, self.step_size)
+        check_steps(self.steps, self.step_size, self.objective)
 
     def init(self, problem: Problem) -> State:
         """At the clean input."""

@@ -16,7 +16,6 @@ from mohs.regions import per_row
 from mohs.target import View, rounding
 from mohs.threat import Access
 
-
 FINAL = 0.05
 """Below this share of the first gap the direction is found and only the boundary is left to reach."""
 
@@ -88,6 +87,7 @@ class DeepFool:
     polish: int = 1
     needs: ClassVar[Access] = Access.GRADIENT
     finite: ClassVar[bool] = False
+    random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "candidates", "revisit"):

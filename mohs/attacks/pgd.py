@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,7 +54,12 @@ class PGD:
     finite: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, self.step_size)
+        check_steps(self.steps, self.step_size, self.objective)
+
+    @property
+    def random(self) -> bool:
+        """Do restarts differ?"""
+        return self.random_start
 
     def init(self, problem: Problem) -> State:
         """A random point of the region, or the clean input."""
@@ -74,9 +80,13 @@ def step_sizes(problem: Problem, step_size: float | None, steps: int) -> Tensor:
     return torch.full_like(problem.eps, step_size)
 
 
-def check_steps(steps: int, step_size: float | None) -> None:
-    """A number of steps and a positive length, or a UsageError."""
+def check_steps(steps: int, step_size: float | None, objective: object) -> None:
+    """A number of steps, a positive length and a function to climb, or a UsageError."""
     if not isinstance(steps, int) or steps < 1:
         raise UsageError(f"steps must be a whole number >= 1; got {steps!r}.")
-    if step_size is not None and not step_size > 0:
+    if step_size is not None and not (isinstance(step_size, int | float) and 0 < step_size < math.inf):
         raise UsageError(f"step_size must be above 0 in input units, or None for the default; got {step_size!r}.")
+    if not callable(objective):
+        raise UsageError(
+            f"objective must be one of mohs.objectives, such as mohs.objectives.margin; got {objective!r}."
+        )

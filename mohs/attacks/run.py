@@ -1,12 +1,13 @@
 """The scheduler: runs every attack over rows in waves, and turns rows back into examples.
 
-A row is one try at one example: a restart, an aim, later a radius. All rows of a *wave* are at the same step k; a wave is
-several physical batches of one fixed, padded shape. Settled rows leave after each step and the tail of the wave fills the
-holes, so a pass is always made over live rows. The next wave starts from what waits.
+A row is one try at one example: a restart or an aim. All rows of a *wave* are at the same step k; a wave is several
+physical batches of one fixed, padded shape. Whenever the live rows fit into fewer batches, settled rows leave and the tail of
+the wave fills their places. The next wave starts from what waits, and higher rows fill the hole of its last batch.
 
 An example's answer is its lowest-numbered successful row, and a success cancels only the rows numbered above it. With the
 fixed batch shape and counter-based randomness this makes an example's result bit-identical on one machine whatever the
-order, subset, wave, shard or resumption.
+order, subset, wave, shard or resumption, as far as the model's own arithmetic does not depend on a row's place in the batch
+(matrix products of some shapes do; the check 'independence of the batch' measures it).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Outcome:
     ``x`` [N, ...] holds the adversarial example, or the best point inside the region (the clean input where the smallest
     change was asked for and none found). ``size`` is the norm of the change, inf where nothing was found; ``margin`` by how
     many logits the goal is met. ``forwards``, ``backwards`` and ``queries`` count what the rows up to the answering one
-    cost, run in sequence; ``spent`` the passes actually made in this run, and ``restart`` the answering row (-1: none).
+    cost, run in sequence; ``spent`` those of all rows, cancelled ones included, and ``restart`` the answering row (-1: none).
     ``trace`` [N, rows, looks] is the objective at every look where it was asked for (nan: not looked).
     """
 
@@ -145,7 +146,16 @@ class Job:
         check_mode(model)
         if guide is not None:
             check_mode(guide)
-        if attack.needs > threat.access:
+        if isinstance(attack, type) or not isinstance(attack, Attack):
+            raise UsageError(
+                f"attack must be an attack object such as mohs.attacks.PGD(steps=40); got {attack!r}. "
+                f"Allowed: {', '.join(_known())}, made with parentheses."
+            )
+        if not isinstance(seed, int):
+            raise UsageError(f"seed must be a whole number; got {seed!r}.")
+        if stop is not None and not isinstance(stop, Stop):
+            raise UsageError(f"stop must be Stop.SUCCESS, Stop.BUDGET or None; got {stop!r}.")
+        if attack.needs > threat.access and guide is None:
             raise AccessError(
                 f"{attack!r} needs access {attack.needs.name}; the threat {threat} grants {threat.access.name}. "
                 f"Choose an attack that needs no more, or Threat(access=Access.{attack.needs.name})."
@@ -158,6 +168,8 @@ class Job:
                 "minimum-norm attack such as DeepFool."
             )
         self.attack, self.threat, self.seed = attack, threat, seed
+        if not getattr(attack, "random", True) and threat.draws == 0:
+            restarts = 1  # a further restart of a deterministic attack is the same one
         self.rows = restarts * max(aims, 1)
         self.target = Target(model, threat.access, guide, _share(threat.queries, self.rows, aims), threat.draws)
         self.x, self.y, self.targets = x.detach(), y, targets
@@ -188,11 +200,9 @@ class Job:
         """Run everything; yields the indices of examples whose answer has just become final."""
         if self.aims and len(self.x):
             self.ranked = self._rank_classes()
-        examples = torch.arange(len(self.x), device=self.x.device)
-        # every example's first row before anybody's second
-        self.waiting = torch.stack(
-            [examples.repeat(self.rows), examples.new_tensor(range(self.rows)).repeat_interleave(len(self.x))]
-        )
+        # every example's first row before anybody's second, a slab of examples at a time: what is finished early is safe early
+        slabs = torch.arange(len(self.x), device=self.x.device).split(self.batch * WAVE)
+        self.waiting = torch.cat([torch.stack([s.repeat(self.rows), self._numbers(len(s))]) for s in slabs], 1)
         while len(wave := self._next_wave()):
             for _ in self._wave(*wave):
                 if len(final := self._finalise()):
@@ -206,22 +216,30 @@ class Job:
         example, number = self.waiting
         if not len(number):
             return ()
-        lowest = int((number == number[0]).sum())
+        others = (number != number[0]).nonzero()
+        lowest = (
+            int(others[0]) if len(others) else len(number)
+        )  # the run at the head, of one slab where there are restarts
         take = min(-(-min(lowest, self.batch * WAVE) // self.batch) * self.batch, len(number))
         self.waiting = self.waiting[:, take:]
         return example[:take], number[:take]
 
-    def outcome(self) -> Outcome:
-        """What has been found so far."""
-        counted = torch.arange(self.rows, device=self.x.device) <= self.answer.unsqueeze(1)
+    def _numbers(self, examples: int) -> Tensor:
+        return torch.arange(self.rows, device=self.x.device).repeat_interleave(examples)
+
+    def outcome(self, of: Tensor | None = None) -> Outcome:
+        """What has been found so far, of all examples or of those at ``of``."""
+        of = torch.arange(len(self.x), device=self.x.device) if of is None else of
+        counted = torch.arange(self.rows, device=self.x.device) <= self.answer[of].unsqueeze(1)
         if self.stop is Stop.BUDGET:
             counted = torch.ones_like(counted)
-        forwards, backwards, queries = (self.cost * counted).sum(2)
-        size = self.threat.region.measure(self.best, self.x)
+        forwards, backwards, queries = (self.cost[:, of] * counted).sum(2)
+        x, success = self.best[of], self.success[of]
+        size = self.threat.region.measure(x, self.x[of])
         return Outcome(
-            x=self.best, success=self.success, size=size.masked_fill(~self.success, math.inf), margin=self.margin,
-            restart=self.owner.masked_fill(~self.success, -1), forwards=forwards, backwards=backwards,
-            queries=queries, spent=self.spent, batch=self.batch, trace=self.trace,
+            x=x, success=success, size=size.masked_fill(~success, math.inf), margin=self.margin[of],
+            restart=self.owner[of].masked_fill(~success, -1), forwards=forwards, backwards=backwards,
+            queries=queries, spent=self.spent, batch=self.batch, trace=None if self.trace is None else self.trace[of],
         )  # fmt: skip
 
     def _rank_classes(self) -> Tensor:
@@ -306,6 +324,8 @@ class Job:
         found = problem.found
         if done is not None:
             found.settled |= done
+        if self.target.queries is not None:
+            found.settled |= found.queries >= self.target.queries
         if self.stop is Stop.SUCCESS:
             found.settled |= found.met
             # the padding repeats a live row's numbers but never holds a success, so plain minima are right
@@ -359,6 +379,12 @@ class Job:
         final = (self.finished | ~needed).all(1) & ~self.emitted
         self.emitted |= final
         return final.nonzero().squeeze(1)
+
+
+def _known() -> list[str]:
+    from mohs.attacks import REGISTRY
+
+    return list(REGISTRY)
 
 
 def _share(queries: int | None, rows: int, aims: int) -> int | None:

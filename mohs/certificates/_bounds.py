@@ -53,9 +53,9 @@ class Ball:
         u, size = arithmetic.u_bound, x0[0].numel()
         center = x0.to(arithmetic.bound)
         largest = center.flatten(1).abs().amax(1)
-        # Lp.contains: 1e-5 relative, one unit in the last place per coordinate, and a norm computed in x0's own dtype
+        # Lp.contains: 1e-5 relative, one unit in the last place of the point per coordinate, and a norm computed in x0's own dtype
         summing = 4 * unit + (0.0 if math.isinf(region.p) else gamma(size + 4, unit / 2))
-        radius = (region.eps * 1.00001 + largest.clamp_min(1.0) * (unit * size ** (1 / region.p))) * (
+        radius = (region.eps * 1.00001 + (largest + region.eps) * (unit * size ** (1 / region.p))) * (
             1 + summing + 8 * u
         )
         reach = radius.view(-1, *[1] * (x0.dim() - 1))
