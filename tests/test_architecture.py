@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 """For each part of the package the other parts it may import; whatever is not here is a part without a place."""
-HEAVY = ("pydantic", "scipy", "plotly", "rich", "jinja2", "cyclopts", "PIL", "sqlite3")
+HEAVY = ("pydantic", "scipy", "rich", "jinja2", "cyclopts", "PIL", "sqlite3")
 
 
 def part_of(path: Path) -> str:
