@@ -23,7 +23,7 @@ class Dataset:
     in [0, 1]; a data set made by hand may live in any box, but must be finite.
 
     Args:
-        x: Inputs, float32, [N, C, H, W] or [N, D].
+        x: Inputs, float32 or float64, [N, ...], such as [N, C, H, W] or [N, D].
         y: Labels, int64, [N], each from 0 up to one less than the number of classes.
         classes: Class names in label order; left empty they are the label numbers.
         name: The specification that made it, as ``load`` takes it.
@@ -43,15 +43,14 @@ class Dataset:
 
     def __post_init__(self) -> None:
         x, y, name = self.x, self.y, self.name or "the data set"
-        if not isinstance(x, Tensor) or x.dtype != torch.float32:
-            raise DataError(f"{name}: inputs must be a float32 tensor, got {_kind(x)}. Convert with x.float().")
+        if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+            raise DataError(
+                f"{name}: inputs must be a float32 or float64 tensor, got {_kind(x)}. Convert with x.float()."
+            )
         if not isinstance(y, Tensor) or y.dtype != torch.int64:
             raise DataError(f"{name}: labels must be an int64 tensor, got {_kind(y)}. Convert with y.long().")
-        if x.dim() not in (2, 4):
-            raise DataError(
-                f"{name}: inputs must be [N, C, H, W] or [N, D], got {list(x.shape)}. "
-                "Grey images without a channel dimension gain it with x[:, None]."
-            )
+        if x.dim() < 2:
+            raise DataError(f"{name}: inputs must be [N, ...], at least two-dimensional; got {list(x.shape)}.")
         if y.dim() != 1:
             raise DataError(f"{name}: labels must be [N], got {list(y.shape)}. One-hot labels: use y.argmax(1).")
         if len(x) != len(y):
@@ -90,7 +89,10 @@ class Dataset:
         rows = self.x.detach().cpu().contiguous().numpy()
         head = f"{self.x.dtype} {list(self.x.shape[1:])} ".encode()
         # little-endian on every machine, so that ids can be compared across machines
-        return [hashlib.sha256(head + row.astype("<f4", copy=False).tobytes()).hexdigest() for row in rows]
+        return [
+            hashlib.sha256(head + row.astype(row.dtype.newbyteorder("<"), copy=False).tobytes()).hexdigest()
+            for row in rows
+        ]
 
     @cached_property
     def hash(self) -> str:
