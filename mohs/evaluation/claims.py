@@ -106,6 +106,7 @@ def verdict(
     blocked: Sequence[str] = (),
     *,
     threat: str,
+    untried: Sequence[str] = (),
     alpha: float = 0.05,
     probabilistic_failure: float = 0.0,
 ) -> Verdict:
@@ -122,7 +123,7 @@ def verdict(
     blocked                 a check blocks                                         12
     refuted                 upper bound of survivors < tau                         10
     certified               lower bound of the certified share >= tau              0
-    upheld so far           lower bound of survivors >= tau                        0
+    upheld so far           lower bound of survivors >= tau, and an attack ran     0
     undecided               otherwise                                              11
     ======================  =====================================================  =========
 
@@ -133,6 +134,7 @@ def verdict(
         certified: those certified, None when no certificate ran.
         blocked: names of the checks that block.
         threat: short form, for the sentence.
+        untried: why no attack of the plan could run, if none could: then nothing is upheld.
         alpha: error rate of each bound.
         probabilistic_failure: probability at which a certificate holds wrongly, per example; 0 for a deterministic one.
             With q the share that gets certified and p the truly robust one, q <= p + (1 - p) * failure; the lower
@@ -170,6 +172,12 @@ def verdict(
         proven = max(0.0, (share - probabilistic_failure) / (1 - probabilistic_failure))
     word = _word(claim.tau, low, high, proven, bool(blocked))
     sentence = _sentence(word, claim, blocked)
+    if untried and word in ("upheld so far", "undecided"):
+        word = "undecided"
+        sentence = (
+            f"Undecided: no attack of the plan could run, so nothing was tried against the claimed "
+            f"{_percent(claim.tau)} ({'; '.join(untried)}). "
+        )
     if word == "blocked":
         # the counts of a broken set-up bound nothing
         return Verdict(word=word, sentence=f"{sentence}({threat}, n = {n})", exit_code=_EXIT[word], alpha=alpha)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import shutil
 import tempfile
 import time
@@ -16,21 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import mohs
 from mohs import records, streams
 from mohs.attacks import Job, Outcome
 from mohs.attacks._inputs import check_inputs
 from mohs.attacks.run import usual_batch
 from mohs.data import Dataset
 from mohs.errors import CertificateContradicted, ModelError, ThreatError, rows_text
-from mohs.evaluation import claims
+from mohs.evaluation import _header, claims
+from mohs.evaluation._given import dataset
 from mohs.evaluation._quiet import untouched
 from mohs.evaluation.checks import check
 from mohs.evaluation.plans import Plan, PlanStep, load_plan
 from mohs.models import weights_hash
 from mohs.problem import Goal
 from mohs.target import classify
-from mohs.threat import Threat
+from mohs.threat import Access, Threat
 
 CONTROL = 100
 """Size of the control subset: every attack runs on all of it, so that their strengths can be compared."""
@@ -38,7 +37,6 @@ CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Radii of the accuracy curve, in units of the threat's."""
 TRACED, TRACE_RESTARTS = 6, 5
 """Loss curves: examples of the control subset, restarts each."""
-
 Notify = Callable[[str, int, int, int], None]
 """Called with (stage, examples done, of how many, of these broken)."""
 
@@ -64,7 +62,7 @@ def evaluate(
 
     Args:
         model: a classifier in eval mode, inputs in the box to logits.
-        data: a ``Dataset`` or a pair (x float32 [N, ...], y int64 [N]).
+        data: a ``Dataset`` or a pair (x float32 or float64 [N, ...], y int64 [N]).
         threat: such as ``"linf:8/255"``; the radius must be finite.
         plan: a ``Plan``, the name of a built-in one, or a TOML file.
         claim: such as ``"accuracy >= 0.6"``.
@@ -93,37 +91,53 @@ def evaluate(
             f"An evaluation needs a finite radius; got {threat}. 'At least so many stay right' says nothing about "
             "unbounded changes. Use mohs.attack with a minimum-norm attack for distances."
         )
+    if claim is not None and threat.access == Access.NONE:
+        raise ThreatError(
+            f"A claim was given with access NONE; under {threat} an attack then sees nothing of the model, and what fails "
+            "blindly supports no claim. Grant Access.LABEL or more, or leave the claim out."
+        )
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"The model must be a torch.nn.Module; got {type(model).__name__}. Wrap a function in mohs.models.BlackBox."
         )
-    data = data if isinstance(data, Dataset) else Dataset(*data, name="tensors")
+    data = dataset(data)
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), data.x.device)
     x, y = ((t.clone() if t.is_inference() else t).to(device) for t in data)
     check_inputs(x, y, threat, batch=batch)
     batch = batch or usual_batch(device)
     plan, claim = load_plan(plan), None if claim is None else claims.Claim.parse(claim)
-    run = _Evaluation(model, data, x, y, threat, plan, claim, list(certificates), seed, batch, notify)
-    # whatever can be refused is refused before the directory is touched
-    findings = run.check(stated_accuracy)
-    header = run.header(subject or type(model).__name__, command)
-    place = Path(tempfile.mkdtemp(prefix="mohs-")) if out is None else Path(str(out))
-    try:
-        with records.open_run(place, header) as opened:
-            run.go(opened, findings)
-            record = opened.record()
-    except BaseException:
-        if out is None:
-            shutil.rmtree(place, ignore_errors=True)
-        raise
+    with untouched(model, seed):  # so that a model that changes while it is looked at is given back as it was
+        run = _Evaluation(model, data, x, y, threat, plan, claim, list(certificates), seed, batch, notify)
+        header = run.header(stated_accuracy, subject or type(model).__name__, command)
+        # whatever can be refused is refused before the directory is touched
+        findings = None if out is not None and _header.known(Path(out), header, model) else run.check(stated_accuracy)
+        record = _recorded(run, header, findings, out)
     if len(record.contradicted):
         raise CertificateContradicted(
             f"A certificate declared {rows_text(record.contradicted.tolist())} safe under {threat}, and an attack broke "
             f"it. One of the two is wrong: please report the record {record.dir} with the model."
         )
     if out is None:
-        record.temporary = weakref.finalize(record, shutil.rmtree, place, ignore_errors=True)
+        record.temporary = weakref.finalize(record, shutil.rmtree, record.dir, ignore_errors=True)
     return record
+
+
+def _recorded(
+    run: _Evaluation, header: records.Header, findings: list[records.Finding] | None, out: str | Path | None
+) -> records.Record:
+    """Do what is missing in the directory, or only judge what is there (findings: None)."""
+    place = Path(tempfile.mkdtemp(prefix="mohs-")) if out is None else Path(str(out))
+    try:
+        with records.open_run(place, header) as opened:
+            if findings is None:
+                run.judge(opened)
+            else:
+                run.go(opened, header, findings)
+            return opened.record()
+    except BaseException:
+        if out is None:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
 
 
 class _Evaluation:
@@ -137,7 +151,8 @@ class _Evaluation:
         self.threat, self.plan, self.claim, self.certificates = threat, plan, claim, certificates
         self.seed, self.batch = seed, batch
         self.notify: Notify = notify or (lambda stage, done, total, broken: None)
-        with untouched(model, seed), torch.no_grad():
+        self.weights = weights_hash(model)  # before anything runs
+        with torch.no_grad():
             self.classes = classify(model, self._padded(x[:1])).shape[1] if len(x) else 0
         high = (y >= max(self.classes, 1)).nonzero().flatten().tolist()
         if high:
@@ -149,41 +164,12 @@ class _Evaluation:
 
     # ---- what is about to run ---------------------------------------------------------------------------
 
-    def header(self, subject: str, command: str) -> records.Header:
-        """Everything known before the first attack; its identity is what the results depend on."""
-        weights = weights_hash(self.model)
-        steps = [
-            records.Step(name=s.name, config=repr(a), restarts=s.restarts, targets=self._aims(s) or None)
-            for s, a in self.steps
-        ]
-        identity = records.identity_of(
-            {
-                "model": weights, "architecture": repr(self.model), "data": self.data.hash,
-                "threat": self.threat.to_dict(), "plan": [s.model_dump() for s in steps],
-                "certificates": [repr(c) for c in self.certificates], "seed": self.seed, "batch": self.batch,
-                "version": mohs.__version__,
-            }
-        )  # fmt: skip
-        parameters = list(self.model.parameters())
-        return records.Header(
-            identity=identity, command=command, seed=self.seed, batch=self.batch,
-            subject=records.Subject(
-                spec=subject, arch=repr(self.model)[:2000], weights_sha256=weights, classes=max(self.classes, 1),
-                parameters=sum(p.numel() for p in parameters),
-                dtype=str(parameters[0].dtype).removeprefix("torch.") if parameters else "float32",
-            ),
-            data=records.Data(
-                spec=self.data.name or "tensors", n=len(self.x), hash=self.data.hash, shape=list(self.x.shape[1:]),
-                class_names=list(self.data.classes),
-            ),
-            threat=self.threat.to_dict(), threat_text=str(self.threat),
-            plan=records.Plan(name=self.plan.name, steps=steps),
-            claim=None if self.claim is None else records.Claim(text=str(self.claim), tau=self.claim.tau),
-            environment=records.Environment(
-                python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                mohs=mohs.__version__, platform=platform.platform(), threads=torch.get_num_threads(),
-                device=str(self.x.device),
-            ),
+    def header(self, stated_accuracy: float | None, subject: str, command: str) -> records.Header:
+        """Everything known before the first attack."""
+        return _header.of_run(
+            self.model, self.weights, self.classes, self.data, self.threat, self.plan, self.steps, self.claim,
+            self.certificates, self.seed, self.batch, self.x.device, stated_accuracy=stated_accuracy, subject=subject,
+            command=command,
         )  # fmt: skip
 
     # ---- the stages -------------------------------------------------------------------------------------
@@ -194,39 +180,66 @@ class _Evaluation:
         findings = check(
             self.model, (self.x, self.y), self.threat, stated_accuracy=stated_accuracy, seed=self.seed, batch=self.batch
         )
+        findings += self._changed()
         if not any(f.severity == "block" for f in findings):
+            if len(self.x):  # a region that needs a finite box says so here
+                eps = self.x.new_full((1,), self.threat.region.eps)
+                self.threat.region.extreme(torch.ones_like(self.x[:1]), self.x[:1], eps, self.threat.box)
+            for step, attack in self.steps:
+                self._job(attack, torch.zeros(1, dtype=torch.int64, device=self.x.device), **self._settings(step))
             for certificate in self.certificates:
                 self._proof(certificate, slice(0, 1))
         self.notify("checks", 1, 1, 0)
         return findings
 
-    def go(self, run: records.Run, findings: list[records.Finding]) -> None:
+    def go(self, run: records.Run, header: records.Header, findings: list[records.Finding]) -> None:
         """All stages in order."""
         self.run = run
+        if run.header.status == "complete":  # a check that blocked it may have been mended
+            run.adopt(header)
+        # rows of an earlier sitting in which the model changed stay worthless
+        findings = findings + [f for f in run.header.checks if f.id == _header.CHANGED.id and f not in findings]
         # a verdict of an earlier sitting may speak of another claim
-        run.update(status="running", checks=findings, claim=self._claim(), verdict=None)
+        run.update(checks=findings, claim=header.claim, verdict=None)
         self._clean()
-        blocked = [f for f in findings if f.severity == "block"]
-        if not blocked:
+        if not any(f.severity == "block" for f in findings):
             for index, (step, attack) in enumerate(self.steps):
                 self._attack(index, step, attack)
             for certificate in self.certificates:
                 self._certify(certificate)
             self._loss_curves()
             run.update(curve=self._curve())
+            findings = findings + self._changed()
         record = run.record()
-        verdict = None
-        if self.claim is not None and not len(record.contradicted):
-            verdict = claims.verdict(
-                self.claim, record.n, int(record.survived.sum()),
-                certified=None if record.certified is None else int(record.certified.sum()),
-                blocked=[f.name for f in blocked], threat=str(self.threat),
-            )  # fmt: skip
-        limits = self.plan.skipped(self.threat)
-        run.finish(limits=limits, attacks=self._summaries(record), certificates=self._proofs(record), verdict=verdict)
+        run.finish(
+            limits=list(dict.fromkeys([*self.plan.skipped(self.threat), *run.header.limits])), checks=findings,
+            attacks=_header.attacks(record, self.steps, run.ledger.seconds()),
+            certificates=_header.certificates(record), verdict=self._verdict(record, findings),
+        )  # fmt: skip
 
-    def _claim(self) -> records.Claim | None:
-        return None if self.claim is None else records.Claim(text=str(self.claim), tau=self.claim.tau)
+    def judge(self, run: records.Run) -> None:
+        """Of a complete run: check that its rows are those it ended with, and give the verdict on another claim."""
+        record = run.record()
+        record.verify()
+        claim = _header.claimed(self.claim)
+        if claim != run.header.claim:
+            run.update(claim=claim, verdict=self._verdict(record, run.header.checks))
+
+    def _verdict(self, record: records.Record, findings: Sequence[records.Finding]) -> records.Verdict | None:
+        if self.claim is None or len(record.contradicted):
+            return None
+        return claims.verdict(
+            self.claim, record.n, int(record.survived.sum()),
+            certified=None if record.certified is None else int(record.certified.sum()),
+            blocked=[f.name for f in findings if f.severity == "block"], threat=str(self.threat),
+            untried=() if self.steps else self.plan.skipped(self.threat),
+        )  # fmt: skip
+
+    def _changed(self) -> list[records.Finding]:
+        """Are weights and buffers other ones than before the first look? In training mode that is another finding."""
+        if any(m.training for m in self.model.modules()) or weights_hash(self.model) == self.weights:
+            return []
+        return [_header.CHANGED]
 
     def _clean(self) -> None:
         """Clean answers of all examples, and the control subset: the examples of smallest keyed hash."""
@@ -252,32 +265,30 @@ class _Evaluation:
         self.notify(name, 0, len(todo), 0)
         if not len(todo):
             return
-        job = self._job(attack, todo, restarts=step.restarts, aims=self._aims(step))
+        job = self._job(attack, todo, **self._settings(step))
         began, done = time.perf_counter(), 0
         for final in job.run():
-            self._write(index, todo, final, job.outcome())
+            self._write(index, todo[final], job.outcome(final))
             now = time.perf_counter()
             self.run.ledger.add_seconds(index, now - began)
             began, done = now, done + len(final)
             self.notify(name, done, len(todo), int((job.success & job.emitted).sum()))
 
-    def _write(self, index: int, todo: Tensor, final: Tensor, found: Outcome) -> None:
+    def _write(self, index: int, ids: Tensor, found: Outcome) -> None:
         """Record the examples whose answer has just become final, in one transaction."""
-        ids = todo[final]
-        won = found.success[final]
-        label, _, confidence = self._answers(found.x[final[won]], self.y[ids[won]])
+        won = found.success
+        label, _, confidence = self._answers(found.x[won], self.y[ids[won]])
         label_after, confidence_after = self.y[ids].cpu().numpy().copy(), np.full(len(ids), math.nan)
         mask = won.cpu().numpy()
         label_after[mask], confidence_after[mask] = label, confidence
         rows = records.Results(
-            example=ids.cpu().numpy(), success=mask, size=found.size[final].cpu().numpy(),
-            margin=found.margin[final].cpu().numpy(), restart=found.restart[final].cpu().numpy(),
-            label_after=label_after, confidence_after=confidence_after,
-            forwards=found.forwards[final].cpu().numpy(), backwards=found.backwards[final].cpu().numpy(),
-            queries=found.queries[final].cpu().numpy(),
+            example=ids.cpu().numpy(), success=mask, size=found.size.cpu().numpy(), margin=found.margin.cpu().numpy(),
+            restart=found.restart.cpu().numpy(), label_after=label_after, confidence_after=confidence_after,
+            forwards=found.forwards.cpu().numpy(), backwards=found.backwards.cpu().numpy(),
+            queries=found.queries.cpu().numpy(),
         )  # fmt: skip
         broken = ids[won].tolist()
-        points = dict(zip(broken, found.x[final[won]].cpu().numpy()))
+        points = dict(zip(broken, found.x[won].cpu().numpy()))
         inputs = dict(zip(broken, self.x[ids[won]].cpu().numpy()))
         self.run.ledger.put_results(index, rows, points, inputs)
 
@@ -309,18 +320,19 @@ class _Evaluation:
         """Madry's figure 1: the objective against the step, several restarts of a few control examples."""
         attack, record = self._curve_attack(), self.run.record()
         chosen = np.flatnonzero(record.examples.control & record.correct)[:TRACED]
+        restarts = TRACE_RESTARTS if getattr(attack, "random", True) else 1
         # written one by one, so a killed run may hold some of them
-        if attack is None or len(record.traces()) == len(chosen) * TRACE_RESTARTS:
+        if attack is None or len(record.traces()) == len(chosen) * restarts:
             return
         todo = torch.from_numpy(chosen).to(self.x.device)
-        job = self._job(attack, todo, restarts=TRACE_RESTARTS, trace=True)
+        job = self._job(attack, todo, restarts=restarts, trace=True)
         for _ in job.run():
             pass
         index = next(i for i, (_, a) in enumerate(self.steps) if a is attack)
         values = job.outcome().trace
         if values is not None:
             for i, example in enumerate(chosen.tolist()):
-                for restart in range(TRACE_RESTARTS):
+                for restart in range(restarts):
                     self.run.ledger.put_trace(index, example, restart, values[i, restart].cpu().numpy())
 
     def _curve(self) -> list[records.CurvePoint]:
@@ -350,43 +362,10 @@ class _Evaluation:
         self.notify("radii", len(todo), len(todo), 0)
         return points
 
-    # ---- summaries --------------------------------------------------------------------------------------
-
-    def _summaries(self, record: records.Record) -> list[records.AttackSummary]:
-        seconds = self.run.ledger.seconds()
-        summaries, alive = [], record.correct.copy()
-        for index, (step, attack) in enumerate(self.steps):
-            if index not in record.attacks:
-                continue
-            rows = record.results(index)
-            broke = np.zeros(record.n, dtype=bool)
-            broke[rows.example[rows.success]] = True
-            control = record.examples.control & record.correct
-            given = int(alive.sum())
-            newly = int((alive & broke).sum())
-            alive &= ~broke
-            summaries.append(
-                records.AttackSummary(
-                    index=index, name=step.label, config=repr(attack), access=attack.needs.name, given=given,
-                    broke=newly, accuracy_after=float(alive.mean()), alone_broke=int((control & broke).sum()),
-                    alone_n=int(control.sum()), forwards=int(rows.forwards.sum()),
-                    backwards=int(rows.backwards.sum()), queries=int(rows.queries.sum()),
-                    seconds=seconds.get(index, 0.0),
-                )
-            )  # fmt: skip
-        return summaries
-
-    @staticmethod
-    def _proofs(record: records.Record) -> list[records.CertificateSummary]:
-        return [
-            records.CertificateSummary(name=name, certified=int(rows.holds.sum()), n=len(rows), note="deterministic")
-            for name, rows in record.certificates().items()
-        ]
-
     # ---- small helpers ----------------------------------------------------------------------------------
 
-    def _aims(self, step: PlanStep) -> int:
-        return min(step.aims, max(self.classes - 1, 0))
+    def _settings(self, step: PlanStep) -> dict[str, int]:
+        return {"restarts": step.restarts, "aims": _header.aims(step, self.classes)}
 
     def _job(self, attack: Any, todo: Tensor, **settings: Any) -> Job:
         return Job(

@@ -12,7 +12,7 @@ from mohs.records import _files
 from mohs.records.header import first_error, header_differences, header_text, load_header
 from mohs.records.ledger import Ledger
 from mohs.records.record import Record
-from mohs.records.schema import Header, Totals, utc_now
+from mohs.records.schema import Environment, Header, Totals, utc_now
 
 
 class Run:
@@ -47,6 +47,18 @@ class Run:
         _files.write_atomically(self.dir / _files.RECORD, header_text(header))
         self.header = header
         return header
+
+    def adopt(self, header: Header) -> Header:
+        """Go on with what a new sitting says of itself; where it stands on another machine, the limits say so.
+
+        Args:
+            header: of the new sitting, with the identity of this run.
+        """
+        limits = [*self.header.limits, *_moved(self.header.environment, header.environment)]
+        return self.update(
+            status="running", command=header.command, environment=header.environment,
+            stated_accuracy=header.stated_accuracy, limits=list(dict.fromkeys(limits)),
+        )  # fmt: skip
 
     def finish(self, status: str = "complete", **fields: Any) -> Header:
         """End the run: totals and digest are taken from the ledger, the header is written.
@@ -99,8 +111,8 @@ def open_run(directory: str | Path, header: Header) -> Run:
 
     Args:
         directory: where the run lies; absent or empty, or an earlier part of this very run.
-        header: what is about to run. On resumption the stored header is kept, except for
-            command and environment.
+        header: what is about to run. On resumption the stored header is kept, except for what ``Run.adopt`` takes
+            over if the run is not complete. A complete one is not written to.
 
     Returns:
         The open run.
@@ -148,9 +160,6 @@ def _open_locked(directory: Path, header: Header, lock: _files.Lock) -> Run:
                 "Restore the directory from a copy or choose another --out."
             )
         run = Run(directory, stored, ledger, lock, resumed=True)
-        fields: dict[str, Any] = {"command": header.command, "environment": header.environment}
-        if stored.status != "complete":
-            fields["status"] = "running"
     else:
         # What an earlier process left here was killed before its record.json: it holds no results.
         for leftover in _files.sqlite_files(ledger_path):
@@ -158,13 +167,30 @@ def _open_locked(directory: Path, header: Header, lock: _files.Lock) -> Run:
                 leftover.unlink(missing_ok=True)
         ledger = Ledger.create(ledger_path, header.identity)
         run = Run(directory, header, ledger, lock, resumed=False)
-        fields = {"status": "running"}
     try:
-        run.update(**fields)
+        if run.header.status != "complete":
+            run.adopt(header)
     except BaseException:
         ledger.close()
         raise
     return run
+
+
+def _moved(before: Environment, now: Environment) -> list[str]:
+    """What to say of rows made in two environments; nothing if they agree in what bits depend on."""
+    said = [
+        f"{name} {old} and {new}"
+        for name, old, new in (
+            ("torch", before.torch, now.torch),
+            ("threads", before.threads, now.threads),
+            ("device", before.device, now.device),
+            ("platform", before.platform, now.platform),
+        )
+        if old != new
+    ]
+    if not said:
+        return []
+    return [f"The run was resumed under another environment ({'; '.join(said)}): bit-identity is not promised."]
 
 
 def _refuse_foreign(directory: Path) -> None:

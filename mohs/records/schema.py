@@ -78,7 +78,6 @@ class Verdict(_Part):
     lower: float | None = Field(default=None, description="bound on the share that stays right, from below")
     upper: float | None = Field(default=None, description="and from above")
     alpha: float = Field(default=0.05, gt=0, lt=1)
-    grade: str | None = Field(default=None, description="how much 'upheld so far' is worth: A, B or C")
 
 
 class Environment(_Part):
@@ -166,6 +165,7 @@ class Header(_Part):
     threat: dict[str, Any]
     threat_text: str
     plan: Plan
+    stated_accuracy: float | None = Field(default=None, description="clean accuracy the model was said to have")
     claim: Claim | None = None
     verdict: Verdict | None = None
     environment: Environment = Field(default_factory=Environment)

@@ -20,9 +20,8 @@ def text(record: Record) -> str:
     header = record.header
     lines = []
     if record.verdict is not None:
-        grade = f", grade {record.verdict.grade}" if record.verdict.grade else ""
         claim = f": claim '{header.claim.text}'" if header.claim else ""
-        lines += [f"{record.verdict.word.upper()}{grade}{claim}", record.verdict.sentence, ""]
+        lines += [f"{record.verdict.word.upper()}{claim}", record.verdict.sentence, ""]
     lines += [record.describe(), ""]
     if record.n:
         lines += _bracket(record)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,8 +19,8 @@ import mohs
 from mohs import records
 from mohs.attacks import FGSM, PGD, DeepFool
 from mohs.certificates import CROWN, IBP, Certificate
-from mohs.errors import CertificateContradicted
-from mohs.evaluation import engine
+from mohs.errors import CertificateContradicted, RecordError
+from mohs.evaluation import Plan, PlanStep, engine
 from mohs.threat import Access, Threat
 
 
@@ -241,16 +243,24 @@ def test_identity_knows_what_results_depend_on(change: dict[str, Any]) -> None:
     assert base.header.identity == same.header.identity != other.header.identity
 
 
-def test_another_claim_reuses_the_attacks_of_a_finished_run(tmp_path: Path) -> None:
+def test_another_claim_is_judged_on_the_rows_of_a_finished_run(tmp_path: Path) -> None:
     out, told = tmp_path / "run", []
+
+    def notify(stage: str, done: int, total: int, broken: int) -> None:
+        told.append(stage)
+
     first = evaluate(claim="accuracy >= 0.9", out=out)
-    again = evaluate(
-        claim="accuracy >= 0.1", out=out, notify=lambda stage, done, total, broken: told.append((stage, total))
-    )
+    written = (out / "record.json").read_bytes()
+    same = evaluate(claim="accuracy >= 0.9", out=out, notify=notify, command="again")
+    assert same.header == first.header
+    assert (out / "record.json").read_bytes() == written
+    again = evaluate(claim="accuracy >= 0.1", out=out, notify=notify)
+    assert told == []  # no checks, no attacks, no curve
     assert first.verdict is not None
     assert again.verdict is not None
     assert (first.verdict.word, again.verdict.word) == ("refuted", "upheld so far")
-    assert {total for stage, total in told if stage[1:3] == "/3"} == {0}
+    assert again.header.claim is not None
+    assert again.header.claim.tau == 0.1
     assert again.digest() == first.digest()
     assert rows_of(again) == rows_of(first)
     none = evaluate(out=out)
@@ -258,14 +268,62 @@ def test_another_claim_reuses_the_attacks_of_a_finished_run(tmp_path: Path) -> N
     assert none.header.claim is None
 
 
-def test_a_stale_verdict_never_stands_under_another_claim(tmp_path: Path) -> None:
-    evaluate(images().take(8), claim="accuracy >= 0.9", out=tmp_path / "run")
+def test_a_finished_run_is_looked_at_again_where_the_statement_or_the_mode_is_new(tmp_path: Path) -> None:
+    data, out = images().take(16), tmp_path / "run"
+    assert evaluate(data, claim="accuracy >= 0.1", out=out).header.stated_accuracy is None
+    blocked = evaluate(data, claim="accuracy >= 0.1", out=out, stated_accuracy=0.01)
+    assert blocked.verdict is not None
+    assert blocked.verdict.word == "blocked"
+    assert blocked.header.stated_accuracy == 0.01
+    assert evaluate(data, claim="accuracy >= 0.1", out=out).verdict.word != "blocked"
+    told: list[str] = []
+    model = copy.deepcopy(conv())
+    evaluate(data, model, out=tmp_path / "other")
+    model.train()
+    evaluate(data, model, out=tmp_path / "other", notify=lambda stage, *_: told.append(stage))
+    assert "checks" in told
 
-    def stop(stage: str, done: int, total: int, broken: int) -> None:
-        if stage.startswith("1/3"):
-            raise KeyboardInterrupt
 
+def test_changed_rows_of_a_finished_run_are_refused(tmp_path: Path) -> None:
+    data, out = images().take(8), tmp_path / "run"
+    evaluate(data, out=out)
+    with sqlite3.connect(out / "ledger.sqlite") as db:
+        db.execute("UPDATE results SET margin = margin + 1 WHERE attack = 0")
+    db.close()
+    with pytest.raises(RecordError, match="the ledger was changed after the run"):
+        evaluate(data, claim="accuracy >= 0.1", out=out)
+
+
+def test_a_stale_verdict_never_stands_under_another_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    data, out = images().take(8), tmp_path / "run"
+    evaluate(data, claim="accuracy >= 0.9", out=out)
+    monkeypatch.setattr(engine.claims, "verdict", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(images().take(8), claim="accuracy >= 0.1", out=tmp_path / "run", notify=stop)
-    header = records.load_header(tmp_path / "run")
+        evaluate(data, claim="accuracy >= 0.1", out=out)
+    header = records.load_header(out)
+    assert (header.claim.tau, header.verdict.word, header.status) == (0.9, "refuted", "complete")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(data, claim="accuracy >= 0.1", out=out, stated_accuracy=0.01)
+    header = records.load_header(out)
     assert (header.claim.tau, header.verdict, header.status) == (0.1, None, "interrupted")
+
+
+def test_control_subset_is_drawn_by_content_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CONTROL", 12)
+    plan = Plan("f", (PlanStep.make("FGSM"),))
+
+    def chosen(**settings: Any) -> set[str]:
+        record = evaluate(plan=plan, **settings)
+        assert record.examples.control.sum() == 12
+        return set(record.examples.hash[record.examples.control].tolist())
+
+    data = images().take(N)
+    drawn = chosen(data=data)
+    assert drawn != set(data.ids[:12])
+    assert drawn != chosen(data=data, seed=1)
+    order = list(range(N))
+    random.Random(3).shuffle(order)
+    assert drawn == chosen(data=data.take(indices=order))

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engine_problem import Head, by_content, conv, evaluate, header_facts, images, rows_of
+from engine_problem import THREAT, Head, N, by_content, conv, evaluate, header_facts, images, rows_of
 from torch import Tensor, nn
 
+import mohs
 from mohs.certificates import CROWN, IBP
 from mohs.data import Dataset
 from mohs.errors import DataError, ModelError, ThreatError, UsageError
 from mohs.evaluation import Plan, PlanStep, engine
 from mohs.evaluation.plans import ALL_CLASSES
 from mohs.models import weights_hash
+from mohs.regions import Linf
+from mohs.threat import Access, Threat
 
 # ---- blocked, refused, skipped ---------------------------------------------------------------------------
 
@@ -121,6 +126,106 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path) -> 
     with pytest.raises(ThreatError, match=r"IBP covers balls of a norm; got the threat l0:3"):
         evaluate(threat="l0:3", plan=Plan("f", (PlanStep.make("FGSM"),)), certificates=[IBP()], out=out)
     assert not out.exists()
+
+
+def test_what_a_step_refuses_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    out, threat = tmp_path / "run", Threat.parse(THREAT)
+    with pytest.raises(UsageError, match=r"3 rows per example .* under a limit of 2 queries"):
+        evaluate(threat=replace(threat, queries=2), out=out)
+    boundless = replace(Threat.parse("l0:3"), box=(-math.inf, math.inf))
+    with pytest.raises(ThreatError, match=r"L0 allows any value inside the box"):
+        evaluate(threat=boundless, plan=Plan("f", (PlanStep.make("FGSM"),)), out=out)
+    assert not out.exists()
+
+
+def test_nothing_is_upheld_where_no_attack_could_run(tmp_path: Path) -> None:
+    data = images().take(N).take(indices=np.flatnonzero(conv()(images().x[:N]).argmax(1) == images().y[:N]).tolist())
+    blind = replace(Threat.parse(THREAT), access=Access.LABEL)
+    record = evaluate(data, threat=blind, claim="accuracy >= 0.3")
+    assert record.attacks == []
+    assert record.verdict is not None
+    assert (record.verdict.word, record.verdict.exit_code) == ("undecided", 11)
+    assert "no attack of the plan could run" in record.verdict.sentence
+    assert "FGSM needs access GRADIENT; the threat grants LABEL" in record.verdict.sentence
+    assert len(record.header.limits) == 3
+    # but a proof needs no attack, and wrong answers refute without one
+    proven = evaluate(data, threat=replace(blind, region=Linf(1e-4)), claim="accuracy >= 0.3", certificates=[IBP()])
+    assert proven.verdict is not None
+    assert proven.verdict.word == "certified"
+    x, y = data
+    assert evaluate(Dataset(x, (y + 1) % 10), threat=blind, claim="accuracy >= 0.3").verdict.word == "refuted"
+    with pytest.raises(ThreatError, match=r"A claim was given with access NONE"):
+        evaluate(data, threat=replace(blind, access=Access.NONE), claim="accuracy >= 0.3", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Counting(nn.Module):
+    """Writes a buffer in its forward, from some call on."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.net, self.after, self.calls = conv(), after, 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > self.after:
+            self.seen += 1
+        return self.net(x)
+
+
+@pytest.mark.parametrize("after", [0, 40])
+def test_a_model_that_changes_is_blocked_and_put_back(after: int, tmp_path: Path) -> None:
+    model, data = Counting(after).eval(), images().take(16)
+    before = weights_hash(model)
+    record = evaluate(data, model, claim="accuracy >= 0.1", out=tmp_path / "run")
+    assert record.verdict is not None
+    assert record.verdict.word == "blocked"
+    assert "the model changes while it is looked at" in record.verdict.sentence
+    assert record.attacks == ([] if after == 0 else [0, 1, 2])
+    assert weights_hash(model) == before
+    # the same directory again, even if nothing changes now: its rows were made on another model
+    again = evaluate(data, model, claim="accuracy >= 0.1", out=tmp_path / "run")
+    assert again.verdict == record.verdict
+    model.after = 10**9
+    if after:
+        assert evaluate(data, model, claim="accuracy >= 0.1", out=tmp_path / "run").verdict.word == "blocked"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (None, "got a NoneType"),
+        ("mnist", "got a str"),
+        (torch.rand(2, 1, 7, 7), r"got a tensor of shape \(2, 1, 7, 7\)"),
+        (torch.utils.data.Subset([(0, 1)], [0]), "got a Subset"),
+        ((1, 2, 3), "got a tuple"),
+    ],
+)
+def test_other_forms_of_data_are_refused(data: Any, said: str) -> None:
+    for call in (mohs.evaluate, mohs.check):
+        with pytest.raises(DataError, match=rf"{said}.*a pair of tensors \(x, y\).*mohs.data.load"):
+            call(conv(), data, THREAT)
+
+
+def test_pairs_of_any_shape_and_precision() -> None:
+    x, y = images().take(6)
+    net = nn.Sequential(nn.Unflatten(1, (1, 7)), conv()).eval()
+    three = evaluate((x[:, 0], y), net)  # type: ignore[arg-type]
+    assert three.header.data.shape == [7, 7]
+    assert three.attacks
+    double = evaluate([x.double(), y], copy.deepcopy(conv()).double())  # type: ignore[arg-type]
+    assert double.points(double.attacks[0])[1].dtype == np.float64
+    assert double.header.data.hash != three.header.data.hash
+    assert np.array_equal(double.survived, evaluate((x, y)).survived)  # type: ignore[arg-type]
+
+
+def test_copies_are_said(tmp_path: Path) -> None:
+    data = images().take(5)
+    record = evaluate(data.take(indices=[i % 5 for i in range(20)]), plan=Plan("f", (PlanStep.make("FGSM"),)))
+    (found,) = (f for f in record.header.checks if f.id == "distinct")
+    assert (found.severity, found.saw) == ("warn", "n = 20, but only 5 distinct examples")
+    assert "independent" in found.means
 
 
 # ---- small and odd problems ------------------------------------------------------------------------------

@@ -277,6 +277,24 @@ def test_interrupted_run_says_so_and_can_be_read(tmp_path: Path) -> None:
     assert whole.attacks == [0, 1, 2]
 
 
+def test_another_environment_is_said_in_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = images().take(24), tmp_path / "run"
+    settings = {"plan": short_plan(), "batch": 16, "out": out}
+    with pytest.raises(KeyboardInterrupt):
+        mohs.evaluate(conv(), data, THREAT, notify=Interrupting("PGD"), **settings)
+    before = torch.__version__
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    record = mohs.evaluate(conv(), data, THREAT, **settings)
+    said = f"The run was resumed under another environment (torch {before} and 9.9): bit-identity is not promised."
+    assert record.header.limits == [said]
+    assert record.header.environment.torch == "9.9"
+    # a finished one is only read
+    monkeypatch.undo()
+    assert mohs.evaluate(conv(), data, THREAT, **settings).header == record.header
+    whole = tmp_path / "whole"
+    assert mohs.evaluate(conv(), data, THREAT, **settings | {"out": whole}).header.limits == []
+
+
 def test_second_process_on_a_directory_is_refused(tmp_path: Path) -> None:
     data, out = images().take(24), tmp_path / "run"
     refused: list[str] = []

@@ -7,12 +7,14 @@ changes the model: modes, buffers, gradients and random generators are as before
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from mohs.attacks._inputs import check_labels
 from mohs.data import Dataset
 from mohs.errors import DataError, ModelError, UsageError, rows_text
+from mohs.evaluation._given import pair
 from mohs.evaluation._quiet import untouched
 from mohs.evaluation.checks import _behaviour, _gradient, _inputs
 from mohs.evaluation.checks._probe import Probe
@@ -23,6 +25,7 @@ from mohs.threat import Threat
 CHECKS: dict[str, tuple[str, Callable[[Probe], Seen]]] = {
     "training-mode": ("training mode", _behaviour.training_mode),
     "input-box": ("inputs and box", _inputs.input_box),
+    "distinct": ("distinct examples", _inputs.distinct),
     "radius": ("radius and box", _inputs.radius),
     "output-type": ("logits, not probabilities", _behaviour.output_type),
     "few-classes": ("number of classes", _behaviour.few_classes),
@@ -78,7 +81,7 @@ def check(
     ['output-type']
     """
     threat = Threat.parse(threat)
-    x, y = data
+    x, y = pair(data)
     _usable(model, x, y, stated_accuracy, batch)
     findings = []
     with untouched(model, seed):
@@ -91,7 +94,7 @@ def check(
     return findings
 
 
-def _usable(model: nn.Module, x: Tensor, y: Tensor, stated: float | None, batch: int | None) -> None:
+def _usable(model: nn.Module, x: Any, y: Any, stated: float | None, batch: int | None) -> None:
     """Raise on what no check could look at."""
     if not isinstance(model, nn.Module):
         raise ModelError(

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from mohs import streams
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen, ok
 from mohs.records.stats import clopper_pearson
@@ -64,6 +65,19 @@ def input_box(probe: Probe) -> Seen:
             _NORMALISED,
         )
     return ok(saw)
+
+
+def distinct(probe: Probe) -> Seen:
+    """Is every example another one? No pass; looks at all inputs."""
+    n, different = len(probe.all_x), len(streams.content_keys(probe.all_x).unique())
+    saw = f"n = {n}, and {different} distinct examples"
+    if different == n:
+        return ok(saw)
+    return Seen(
+        "info" if different >= 0.99 * n else "warn", f"n = {n}, but only {different} distinct examples",
+        "The bounds assume independent examples; copies make them narrower than they may be.",
+        "Give each example once, and draw more of them.",
+    )  # fmt: skip
 
 
 def radius(probe: Probe) -> Seen:

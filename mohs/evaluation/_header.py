@@ -1,0 +1,124 @@
+"""The header of an evaluation: what is about to run, and afterwards what each attack and certificate did, in numbers."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import mohs
+from mohs import records
+from mohs.data import Dataset
+from mohs.evaluation.claims import Claim
+from mohs.evaluation.plans import Plan, PlanStep
+from mohs.threat import Threat
+
+Steps = Sequence[tuple[PlanStep, Any]]
+"""Steps of a plan that can run, each with its attack."""
+
+CHANGED = records.Finding(
+    id="model-changes", name="the model changes while it is looked at", severity="block",
+    saw="weights or buffers differ from those before the first look",
+    means="Each look meets another model, so the model that was attacked is not the one that is named.",
+    remedy="Make forward() leave parameters and buffers alone in eval mode. (They were put back.)",
+)  # fmt: skip
+"""What no check can say before the end."""
+
+
+def known(place: Path, header: records.Header, model: nn.Module) -> bool:
+    """Does a directory hold this very run, complete, so that at most the verdict on another claim is missing?"""
+    if not (place / "record.json").is_file():
+        return False
+    stored = records.load_header(place)
+    return (
+        stored.status == "complete"
+        and stored.identity == header.identity
+        and stored.stated_accuracy == header.stated_accuracy
+        and not any(f.severity == "block" for f in stored.checks)  # that may be mended now
+        and not any(m.training for m in model.modules())  # and that may be new
+    )
+
+
+def claimed(claim: Claim | None) -> records.Claim | None:
+    """A claim as records hold it."""
+    return None if claim is None else records.Claim(text=str(claim), tau=claim.tau)
+
+
+def of_run(
+    model: nn.Module, weights: str, classes: int, data: Dataset, threat: Threat, plan: Plan, steps: Steps,
+    claim: Claim | None, certificates: Sequence[Any], seed: int, batch: int, device: torch.device, *,
+    stated_accuracy: float | None, subject: str, command: str,
+) -> records.Header:  # fmt: skip
+    """Everything known before the first attack; its identity is what the results depend on."""
+    parts = [
+        records.Step(name=s.name, config=repr(a), restarts=s.restarts, targets=aims(s, classes) or None)
+        for s, a in steps
+    ]
+    identity = records.identity_of(
+        {
+            "model": weights, "architecture": repr(model), "data": data.hash, "threat": threat.to_dict(),
+            "plan": [s.model_dump() for s in parts], "certificates": [repr(c) for c in certificates], "seed": seed,
+            "batch": batch, "version": mohs.__version__,
+        }
+    )  # fmt: skip
+    parameters = list(model.parameters())
+    return records.Header(
+        identity=identity, command=command, seed=seed, batch=batch, stated_accuracy=stated_accuracy,
+        subject=records.Subject(
+            spec=subject, arch=repr(model)[:2000], weights_sha256=weights, classes=max(classes, 1),
+            parameters=sum(p.numel() for p in parameters),
+            dtype=str(parameters[0].dtype).removeprefix("torch.") if parameters else "float32",
+        ),
+        data=records.Data(
+            spec=data.name or "tensors", n=len(data), hash=data.hash, shape=list(data.x.shape[1:]),
+            class_names=list(data.classes),
+        ),
+        threat=threat.to_dict(), threat_text=str(threat), plan=records.Plan(name=plan.name, steps=parts),
+        claim=claimed(claim),
+        environment=records.Environment(
+            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, mohs=mohs.__version__,
+            platform=platform.platform(), threads=torch.get_num_threads(), device=str(device),
+        ),
+    )  # fmt: skip
+
+
+def aims(step: PlanStep, classes: int) -> int:
+    """How many classes a step moves towards: no more than there are others."""
+    return min(step.aims, max(classes - 1, 0))
+
+
+def attacks(record: records.Record, steps: Steps, seconds: dict[int, float]) -> list[records.AttackSummary]:
+    """Each attack that has rows: what it got, what it broke, what it cost, and how it does alone."""
+    summaries, alive = [], record.correct.copy()
+    control = record.examples.control & record.correct
+    for index, (step, attack) in enumerate(steps):
+        if index not in record.attacks:
+            continue
+        rows = record.results(index)
+        broke = np.zeros(record.n, dtype=bool)
+        broke[rows.example[rows.success]] = True
+        given = int(alive.sum())
+        newly = int((alive & broke).sum())
+        alive &= ~broke
+        summaries.append(
+            records.AttackSummary(
+                index=index, name=step.label, config=repr(attack), access=attack.needs.name, given=given, broke=newly,
+                accuracy_after=float(alive.mean()), alone_broke=int((control & broke).sum()),
+                alone_n=int(control.sum()), forwards=int(rows.forwards.sum()), backwards=int(rows.backwards.sum()),
+                queries=int(rows.queries.sum()), seconds=seconds.get(index, 0.0),
+            )
+        )  # fmt: skip
+    return summaries
+
+
+def certificates(record: records.Record) -> list[records.CertificateSummary]:
+    """Each certificate that ran."""
+    return [
+        records.CertificateSummary(name=name, certified=int(rows.holds.sum()), n=len(rows), note="deterministic")
+        for name, rows in record.certificates().items()
+    ]
