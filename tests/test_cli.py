@@ -11,8 +11,11 @@ import pytest
 import torch
 from cli_problem import DATA, Shop, shop
 
+import mohs
 from mohs import attacks, cli, models, records
 from mohs.certificates import IBP, Certificate
+from mohs.cli import screen
+from mohs.data import load
 from mohs.records.ledger import Ledger
 
 __all__ = ["shop"]
@@ -99,6 +102,78 @@ def test_replay_confirms_and_denies(shop: Shop) -> None:
     assert code == (12 if nines else 0)
     assert "on OTHER weights than the recorded ones" in out
     assert nines == 0 or "answered rightly: FGSM CE on example" in out
+
+
+def test_replay_of_a_record_made_from_python_asks_for_the_model(shop: Shop) -> None:
+    net = models.load("linear", weights=shop.weights)
+    mohs.evaluate(net, load(DATA, n=8), "linf:0.02", plan="quick", out=shop.out)
+    code, _, err = shop.do("replay", shop.out)
+    assert code == 2
+    assert "The record calls its model 'Sequential', and that cannot be loaded" in err
+    assert "Name it with --model (and --weights)" in err
+    assert shop.do("replay", shop.out, "--model", "linear", "--weights", shop.weights)[0] == 0
+
+
+def test_a_record_names_files_by_their_whole_path(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = load(DATA, n=8)
+    np.savez(shop.folder / "own.npz", x=x.numpy(), y=y.numpy())
+    how = ["--weights", shop.weights.name, "--threat", "linf:0.02", "--plan", shop.plan, "--out", shop.out]
+    code, _, err = shop.do("run", "linear", "npz:own.npz", *how)
+    assert code == 0, err
+    header = records.load_header(shop.out)
+    assert header.subject.spec == f"linear --weights {shop.weights}"
+    assert header.data.spec == f"npz:{shop.folder}/own.npz"
+    monkeypatch.chdir("/")
+    assert shop.do("replay", shop.out)[0] == 0
+
+
+def test_access_and_queries(shop: Shop) -> None:
+    code, out, _ = shop.run("--access", "label", "--claim", "accuracy >= 0.1")
+    assert code == 11
+    assert "UNDECIDED" in out
+    assert "no attack of the plan could run" in out
+    assert "note FGSM CE: FGSM needs access GRADIENT; the threat grants LABEL" in out
+    assert records.load_header(shop.out).threat["access"] == "LABEL"
+    other = shop.folder / "few"
+    code, _, err = shop.do("run", *shop.model, *shop.how(out=other), "--queries", "6")
+    assert code == 0, err
+    assert records.load_header(other).threat["queries"] == 6
+    assert records.Record.load(other).results(1).queries.max() <= 6
+    code, _, err = shop.do("run", *shop.model, *shop.how(out=shop.folder / "none"), "--queries", "1")
+    assert code == 2
+    assert "2 rows per example" in err
+    assert not (shop.folder / "none").exists()
+    assert shop.do("check", *shop.model, "--threat", "linf:0.02", "--access", "logit", "--queries", "0")[0] == 2
+
+
+def test_names_of_attacks_are_whole_in_80_columns(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "out", screen._Terminal(highlight=False, width=80))
+    plan = shop.folder / "long.toml"
+    plan.write_text(
+        '[[attack]]\nuse = "PGD"\nwith = { steps = 10, objective = "margin" }\nrestarts = 2\naims = "all"\n'
+    )
+    assert shop.do("run", *shop.model, *shop.how(plan=plan))[0] == 0
+    summary = records.load_header(shop.out).attacks[0]
+    summary.forwards = summary.backwards = 123_456_789
+    summary.given = summary.broke = 10_000
+    monkeypatch.setattr(records.Record, "describe", lambda self: "")
+    record = records.Record.load(shop.out)
+    record.header.attacks[:] = [summary]
+    shop._capfd.readouterr()
+    screen.record(record)
+    (row,) = (line for line in shop._capfd.readouterr().out.splitlines() if line.startswith("PGD"))
+    assert row.startswith("PGD-10 margin all aims x2 ")
+    assert "10000" in row
+    assert row.count("123M") == 2
+    assert "…" not in row
+
+
+def test_demo_refuses_before_it_speaks(shop: Shop) -> None:
+    assert "asked for 0 examples" in shop.refused("demo", "--out", shop.out, "--n", "0")
+
+
+def test_certify_refuses_an_unbounded_change(shop: Shop) -> None:
+    assert "A proof needs a finite radius; got linf:inf" in shop.refused("certify", *shop.model, "--threat", "linf:inf")
 
 
 def test_replay_refuses_changed_rows(shop: Shop) -> None:

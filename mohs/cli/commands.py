@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,13 +12,14 @@ from cyclopts import App, Group, Parameter
 
 import mohs
 from mohs.cli import screen
-from mohs.errors import UsageError
+from mohs.errors import ModelError, ThreatError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mohs.certificates.run import Method
     from mohs.data import Dataset
+    from mohs.threat import Threat
 
 app = App(
     name="mohs",
@@ -48,6 +50,13 @@ Batch = Annotated[
     int | None,
     Parameter(group=_how, help="physical batch size; equal sizes give identical results (CPU: 64, else 256)"),
 ]
+AccessName = Annotated[
+    Literal["label", "score", "logit", "gradient"],
+    Parameter(name=["--access"], group=_what, help="what one look at the model shows the adversary"),
+]
+Queries = Annotated[
+    int | None, Parameter(group=_what, help="looks per example the adversary may take; default: no limit")
+]
 Stated = Annotated[float | None, Parameter(group=_how, help="clean accuracy the model is said to have, 0 to 1")]
 
 
@@ -55,11 +64,24 @@ def _load(model: str, data: str, weights: Path | None, split: str, n: int | None
     from mohs import data as datasets
     from mohs import models
 
-    return models.load(model, weights=weights), datasets.load(data, split=split, n=n)
+    net, dataset = models.load(model, weights=weights), datasets.load(data, split=split, n=n)
+    scheme, _, place = data.partition(":")
+    if scheme != "bundled":  # so that the record says where it was, wherever it is read
+        dataset = replace(dataset, name=f"{scheme}:{Path(place).expanduser().absolute()}")
+    return net, dataset
+
+
+def _threat(text: str, access: str, queries: int | None) -> Threat:
+    from mohs.threat import Access, Threat
+
+    return replace(Threat.parse(text), access=Access[access.upper()], queries=queries)
 
 
 def _spec(model: str, weights: Path | None) -> str:
-    return model if weights is None else f"{model} --weights {weights}"
+    """How a record names the model; files with their whole path, as a replay may start elsewhere."""
+    if Path(model).suffix and Path(model).is_file():
+        model = str(Path(model).absolute())
+    return model if weights is None else f"{model} --weights {weights.expanduser().absolute()}"
 
 
 @app.command
@@ -99,14 +121,13 @@ def list_(what: Literal["attacks", "models", "data", "plans"]) -> int:
 
 @app.command
 def check(
-    model: Model, data: Data, /, *, threat: ThreatText, weights: Weights = None, n: Count = None,
-    split: Split = "test", stated_accuracy: Stated = None, seed: Seed = 0,
+    model: Model, data: Data, /, *, threat: ThreatText, access: AccessName = "gradient", queries: Queries = None,
+    weights: Weights = None, n: Count = None, split: Split = "test", stated_accuracy: Stated = None, seed: Seed = 0,
 ) -> int:  # fmt: skip
     """Look for what would make an evaluation worthless, before spending time on one."""
     from mohs.evaluation import check as run_checks
-    from mohs.threat import Threat
 
-    parsed = Threat.parse(threat)
+    parsed = _threat(threat, access, queries)
     net, dataset = _load(model, data, weights, split, n)
     findings = run_checks(net, dataset, parsed, stated_accuracy=stated_accuracy, seed=seed)
     screen.findings(findings)
@@ -119,6 +140,7 @@ def run(
     plan: Annotated[str, Parameter(group=_how, help="a built-in plan (mohs list plans) or a TOML file")] = "standard",
     claim: Annotated[str | None, Parameter(group=_what, help="such as 'accuracy >= 0.6'")] = None,
     certify: Annotated[list[str] | None, Parameter(group=_how, help="certificates to try: ibp, crown")] = None,
+    access: AccessName = "gradient", queries: Queries = None,
     weights: Weights = None, n: Count = None, split: Split = "test", stated_accuracy: Stated = None,
     seed: Seed = 0, batch: Batch = None,
 ) -> int:  # fmt: skip
@@ -135,9 +157,8 @@ def run(
     from mohs.evaluation import Claim, evaluate, load_plan
     from mohs.records import Record
     from mohs.reports import render
-    from mohs.threat import Threat
 
-    parsed, chosen = Threat.parse(threat), load_plan(plan)  # refused before anything is loaded or written
+    parsed, chosen = _threat(threat, access, queries), load_plan(plan)  # refused before anything is loaded or written
     stated = Claim.parse(claim) if claim is not None else None
     proofs = [_certificate(name) for name in certify or []]
     net, dataset = _load(model, data, weights, split, n)
@@ -169,6 +190,11 @@ def certify(
     from mohs.threat import Threat
 
     parsed, certificate = Threat.parse(threat), _certificate(method)
+    if parsed.minimum:
+        raise ThreatError(
+            f"A proof needs a finite radius; got {parsed}: under unbounded changes no answer is safe. Give one, such as "
+            f"'{parsed.region.name}:0.1'."
+        )
     net, dataset = _load(model, data, weights, split, n)
     proof = prove(certificate, net, dataset.x, dataset.y, parsed)
     count = int(proof.holds.sum())
@@ -220,7 +246,16 @@ def replay(directory: Path, /, *, model: str | None = None, weights: Path | None
     if model is None and " --weights " in spec:
         spec, _, recorded = spec.partition(" --weights ")
         weights = weights or Path(recorded)
-    seen = run_replay(record, models.load(spec, weights=weights))
+    try:
+        net = models.load(spec, weights=weights)
+    except ModelError as error:
+        if model is not None:
+            raise
+        raise ModelError(
+            f"The record calls its model {spec!r}, and that cannot be loaded: {error} Name it with --model (and "
+            "--weights); a record made from Python knows only the class of its model."
+        ) from error
+    seen = run_replay(record, net)
     screen.replayed(record, seen)
     return 0 if seen.holds else 12
 

@@ -20,9 +20,9 @@ def demo(out: Path, n: int | None) -> int:
     from mohs.evaluation import evaluate
     from mohs.reports import render
 
+    dataset = data.load("bundled:fashion-mnist", n=n)  # refuses a bad n before anything is said
     began = time.perf_counter()
     screen.say(f"Two nets of the same shape, one claim: '{CLAIM}' when every pixel may change by at most 0.1.\n")
-    dataset = data.load("bundled:fashion-mnist", n=n)
     pages = []
     for spec, what in NETS:
         screen.out.rule(f"[bold]{spec}[/] {what}", align="left", style="dim")

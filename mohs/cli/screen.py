@@ -71,26 +71,38 @@ def record(rec: Record) -> None:
     """The record as a table and a verdict."""
     head = rec.header
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("attack", "given", "broke", "accuracy after", "alone", "forwards", "backwards", "seconds"):
-        table.add_column(name, justify="left" if name == "attack" else "right", no_wrap=True)
+    widest = max([len("(no attack)"), *(len(a.name) for a in head.attacks)])
+    table.add_column("attack", no_wrap=True, min_width=widest)  # names are never cut
+    for name in ("given", "broke", "after", "alone", "forwards", "backwards", "sec"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_row("(no attack)", str(rec.n), str(rec.n - int(rec.correct.sum())), f"{rec.clean_accuracy:.1%}")
     for a in head.attacks:
         table.add_row(
             escape(a.name), str(a.given), str(a.broke), "" if a.accuracy_after is None else f"{a.accuracy_after:.1%}",
-            "" if a.alone_n is None else f"{a.alone_broke}/{a.alone_n}", f"{a.forwards:,}", f"{a.backwards:,}",
+            "" if a.alone_n is None else f"{a.alone_broke}/{a.alone_n}", _short(a.forwards), _short(a.backwards),
             f"{a.seconds:.1f}",
         )  # fmt: skip
     for c in head.certificates:
-        table.add_row(escape(c.name), str(c.n), "", f"{c.certified / max(c.n, 1):.1%} proven", "", "", "", "")
+        table.add_row(escape(c.name), str(c.n), "", f"{c.certified / max(c.n, 1):.1%}", "proven", "", "", "")
     loud = [f for f in head.checks if f.severity in ("warn", "block")]
     if loud:
         findings(loud)
     out.print(table)
+    for text in head.limits:
+        out.print(f"[bold yellow]note[/] {escape(text)}", soft_wrap=True)
     verdict = rec.verdict
     text = verdict.sentence if verdict is not None else rec.describe()
     title = verdict.word.upper() if verdict is not None else "NO CLAIM"
     colour = COLOURS.get(verdict.word, "blue") if verdict is not None else "blue"
     out.print(Panel(escape(text), title=f"[bold {colour}]{title}[/]", title_align="left", border_style=colour))
+
+
+def _short(count: int) -> str:
+    """At most seven characters, such as 12,345 or 12,345k; the record has every digit."""
+    for size, unit in ((1, ""), (1000, "k"), (1_000_000, "M")):
+        if count < 100_000 * size:
+            return f"{count / size:,.0f}{unit}"
+    return f"{count / 1e9:,.0f}G"
 
 
 def blocked_code(rec: Record) -> int:

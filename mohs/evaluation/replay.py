@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mohs.errors import RecordError
+from mohs.evaluation._quiet import untouched
 from mohs.models import weights_hash
 from mohs.problem import Goal
 from mohs.records import Record
@@ -43,12 +44,16 @@ class Replayed:
 def replay(record: Record, model: nn.Module) -> Replayed:
     """Look at every stored adversarial example again, in the recorded batch shape.
 
+    Where the threat scores a random model on several draws, so does the replay: a point is confirmed when more than half
+    of that many draws answer wrongly. They are seeded, but other draws than those of the run, so a point that won
+    narrowly may fail here.
+
     Args:
         record: of a finished or interrupted run; its rows are first compared with their digest if it is finished.
         model: the model under test, in eval mode; another one answers whether the examples transfer to it.
 
     Returns:
-        What was confirmed and what was not. Cost: one forward per stored example.
+        What was confirmed and what was not. Cost: one forward per stored example and draw.
 
     Raises:
         RecordError: the rows were changed after the run, or hold points without their clean inputs.
@@ -74,12 +79,20 @@ def replay(record: Record, model: nn.Module) -> Replayed:
             eps = torch.full((len(x),), threat.region.eps, dtype=x.dtype, device=device)
             inside = threat.region.contains(x, x0, eps)
             inside &= (x.flatten(1).amin(1) >= threat.box[0]) & (x.flatten(1).amax(1) <= threat.box[1])
-            with torch.no_grad():
-                fill = torch.arange(batch, device=device).clamp_max(len(x) - 1)
-                logits = classify(model, x[fill])[: len(x)]
-            met = Goal.leave(y).margin(logits) > rounding(logits)
+            met = _wrong(model, x, y, batch, threat.draws, record.header.seed)
             points += len(ids)
             confirmed += int((inside & met).sum())
             outside += [(attack, int(i)) for i in ids[(~inside).cpu().numpy()]]
             right += [(attack, int(i)) for i in ids[(~met).cpu().numpy()]]
     return Replayed(points, confirmed, outside, right, weights_hash(model) == record.header.subject.weights_sha256)
+
+
+def _wrong(model: nn.Module, x: Tensor, y: Tensor, batch: int, draws: int, seed: int) -> Tensor:
+    """Is each point answered wrongly, [B], by more than half of the draws where the model is random?"""
+    fill = torch.arange(batch, device=x.device).clamp_max(len(x) - 1)
+    looks, wins = max(draws, 1), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    with untouched(model, seed), torch.no_grad():
+        for _ in range(looks):
+            logits = classify(model, x[fill])[: len(x)]
+            wins += Goal.leave(y).margin(logits) > rounding(logits)
+    return wins * 2 > looks

@@ -20,7 +20,7 @@ import mohs
 from mohs.certificates import CROWN, IBP
 from mohs.data import Dataset
 from mohs.errors import DataError, ModelError, ThreatError, UsageError
-from mohs.evaluation import Plan, PlanStep, engine
+from mohs.evaluation import Plan, PlanStep, engine, replay
 from mohs.evaluation.plans import ALL_CLASSES
 from mohs.models import weights_hash
 from mohs.regions import Linf
@@ -332,3 +332,29 @@ def test_nan_answers_end_in_a_record_that_can_be_read() -> None:
     assert 0 in record.examples.label[nan]
     assert not record.correct[nan].any()
     assert set(record.examples.clean_label[nan].tolist()) == {-1}
+
+
+class Wavering(nn.Module):
+    """The small net with noise on its logits."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__()
+        self.net, self.noise = conv(), noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.net(x)
+        return z + self.noise * torch.randn_like(z)
+
+
+def test_replay_of_a_random_model_is_by_majority_and_repeats() -> None:
+    threat = replace(Threat.parse("linf:0.2"), draws=15)
+    record = evaluate(images().take(24), Wavering(0.3).eval(), threat=threat)
+    assert not [f for f in record.header.checks if f.severity == "block"]
+    state = torch.get_rng_state()
+    first, second = replay(record, Wavering(0.3).eval()), replay(record, Wavering(0.3).eval())
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.points > 10
+    assert first.confirmed >= 0.9 * first.points
+    # so much noise that hardly any draw is right: a majority is wrong, while one draw in ten is right by luck
+    assert replay(record, Wavering(1000.0).eval()).confirmed == first.points
