@@ -29,26 +29,33 @@ class Goal(Rows):
         aim: a class to move towards while the goal stays 'leave' (-1: none), int64 [B].
         reject: index of the logit by which a model rejects an input, or None. A rejected input is no success
             for the attacker: to leave a class, another class must win over the rejection too.
+        confidence: by how many logits the answer must win to count (Carlini and Wagner's kappa).
     """
 
     label: Tensor
     reach: Tensor
     aim: Tensor
     reject: int | None = None
+    confidence: float = 0.0
 
     @classmethod
-    def leave(cls, label: Tensor, aim: Tensor | None = None, reject: int | None = None) -> Self:
+    def leave(
+        cls, label: Tensor, aim: Tensor | None = None, reject: int | None = None, confidence: float = 0.0
+    ) -> Self:
         """Any answer but the label (untargeted)."""
         aim = torch.full_like(label, NO_AIM) if aim is None else aim
-        return cls(label, torch.zeros_like(label, dtype=torch.bool), aim, reject)
+        return cls(label, torch.zeros_like(label, dtype=torch.bool), aim, reject, confidence)
 
     @classmethod
-    def attain(cls, label: Tensor, reject: int | None = None) -> Self:
+    def attain(cls, label: Tensor, reject: int | None = None, confidence: float = 0.0) -> Self:
         """Exactly the label (targeted); 'make it reject' is to attain the reject logit."""
-        return cls(label, torch.ones_like(label, dtype=torch.bool), torch.full_like(label, NO_AIM), reject)
+        aim = torch.full_like(label, NO_AIM)
+        return cls(label, torch.ones_like(label, dtype=torch.bool), aim, reject, confidence)
 
     def margin(self, logits: Tensor) -> Tensor:
         """By how much the goal is met, [B] in logits: positive is success, and larger is more; nan logits give -inf.
+
+        The ``confidence`` asked for is subtracted.
 
         >>> goal = Goal.leave(torch.tensor([0, 0]))
         >>> goal.margin(torch.tensor([[3.0, 1.0, 2.0], [1.0, 4.0, 2.0]])).tolist()
@@ -66,7 +73,8 @@ class Goal(Rows):
             rest = torch.where(self.reach.unsqueeze(1), rest, hidden)
             mine = guard
         lead = rest.amax(1) - mine.squeeze(1)
-        return torch.where(self.reach, -lead, lead).nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        lead = torch.where(self.reach, -lead, lead).nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        return lead - self.confidence if self.confidence else lead
 
     @staticmethod
     def decide(logits: Tensor) -> Tensor:
@@ -105,7 +113,8 @@ class Findings(Rows):
 
     ``x`` is the best point (the clean input at first), ``met`` whether it meets the goal inside region and box, ``score``
     what 'best' means: the objective, or minus the size where the smallest change is asked for. ``last`` is the objective at
-    the latest look. A ``settled`` row is frozen: nothing is recorded or counted any more.
+    the latest look. A ``settled`` row is frozen: nothing is recorded or counted any more. ``error``: the model once answered
+    this row with logits that are not finite.
     """
 
     x: Tensor
@@ -117,6 +126,7 @@ class Findings(Rows):
     forwards: Tensor
     backwards: Tensor
     queries: Tensor
+    error: Tensor
 
     @classmethod
     def none(cls, x0: Tensor) -> Self:
@@ -125,7 +135,18 @@ class Findings(Rows):
         low = x0.new_full((rows,), -math.inf)
         flag = torch.zeros(rows, dtype=torch.bool, device=x0.device)
         count = torch.zeros(rows, dtype=torch.int64, device=x0.device)
-        return cls(x0.clone(), flag, low, low.clone(), low.clone(), flag.clone(), count, count.clone(), count.clone())
+        return cls(
+            x0.clone(),
+            flag,
+            low,
+            low.clone(),
+            low.clone(),
+            flag.clone(),
+            count,
+            count.clone(),
+            count.clone(),
+            flag.clone(),
+        )
 
 
 @dataclass
@@ -141,6 +162,7 @@ class Problem(Rows):
         key: random stream of each row, int64 [B].
         example, number: which example, and which of its rows (restart or aim) this is, int64 [B].
         found: the target's notes.
+        warm: where the caller wants the rows to begin [B, ...], inside region and box; None: the attack decides.
     """
 
     target: Target
@@ -152,6 +174,7 @@ class Problem(Rows):
     example: Tensor
     number: Tensor
     found: Findings
+    warm: Tensor | None = None
 
     def linearize(self, x: Tensor, objective: Objective | None = None) -> View:
         """Look at ``x`` with gradients; see ``Target.linearize``."""
@@ -167,8 +190,18 @@ class Problem(Rows):
         return self.target.look(self, x, objective)
 
     def start(self) -> Tensor:
-        """A random point of each row's region and box."""
+        """Where a randomly started attack begins: the caller's points, or a random one of each row's region and box."""
+        if self.warm is not None:
+            return self.warm.clone()
         return self.threat.region.start(self.x0, self.eps, self.threat.box, self.key)
+
+    def begin(self) -> Tensor:
+        """Where any other attack begins: the caller's points, or the clean inputs."""
+        return (self.x0 if self.warm is None else self.warm).clone()
+
+    def advance(self, x: Tensor, g: Tensor, size: Tensor) -> Tensor:
+        """One ascent step of length ``size`` [B] along ``g``, and back into region and box."""
+        return self.threat.region.advance(x, g, size, self.x0, self.eps, self.threat.box)
 
     def project(self, x: Tensor) -> Tensor:
         """Back into region and box."""

@@ -69,6 +69,11 @@ class Lp:
             raise ThreatError(f"Lp needs 1 < p < inf, p != 2; got p={self.p!r}. Use L1, L2 or Linf for those norms.")
 
     @property
+    def kind(self) -> str:
+        """The family an attack names when it says which regions it serves: linf, l2, l1, lp or l0."""
+        return self.name if type(self) is not Lp else "lp"
+
+    @property
     def name(self) -> str:
         """The short form's first word, such as ``linf``."""
         return f"l{self.p:g}" if float(f"{self.p:g}") == self.p else f"l{self.p!r}"
@@ -79,9 +84,13 @@ class Lp:
 
     def contains(self, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
         """[B] bool: is the change allowed? Tolerates the rounding of x0 + change and of the norm, 1e-5 relative."""
+        size, limit = self.measure(x, x0), eps * (1 + 1e-5)
+        inside = size <= limit
+        if bool(inside.all()):
+            return inside
         # x0 + change is rounded coordinate by coordinate: at most one unit in the last place of the result each
         rounding = (_largest(x0) + eps) * torch.finfo(x0.dtype).eps
-        return self.measure(x, x0) <= eps * (1 + 1e-5) + rounding * (x0[0].numel() ** (1 / self.p) if len(x0) else 1)
+        return size <= limit + rounding * x0[0].numel() ** (1 / self.p)
 
     def dual(self, w: Tensor) -> Tensor:
         """Dual norm of a gradient, [B]: the best first-order gain of a change of unit norm."""
@@ -132,6 +141,10 @@ class Lp:
     def move(self, x: Tensor, g: Tensor, size: Tensor, x0: Tensor, box: Box) -> Tensor:
         """One ascent step of length ``size`` [B] from ``x`` along ``g``, before projection."""
         return self.steepest(g).mul_(per_row(size, x)).add_(x)
+
+    def advance(self, x: Tensor, g: Tensor, size: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
+        """``move``, then ``project``."""
+        return self.project(self.move(x, g, size, x0, box), x0, eps, box)
 
     def project(self, x: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
         """A point of ball and box: clip to the box, then shrink the change (exactly feasible for x0 in the box)."""
@@ -188,8 +201,16 @@ class Linf(Lp):
 
     def project(self, x: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
         """The nearest point of ball and box: clip the change, then the point."""
-        radius = per_row(eps, x)
-        change = torch.minimum(x - x0, radius)  # clamp with broadcast bounds is several times slower
+        return self._clip(x - x0, x0, eps, box)
+
+    def advance(self, x: Tensor, g: Tensor, size: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
+        """``move``, then ``project``, in one buffer: fresh memory costs more than the arithmetic on it."""
+        return self._clip(g.sign().mul_(per_row(size, x)).add_(x).sub_(x0), x0, eps, box)
+
+    @staticmethod
+    def _clip(change: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
+        radius = per_row(eps, x0)
+        torch.minimum(change, radius, out=change)  # clamp with broadcast bounds is several times slower
         return torch.maximum(change, -radius, out=change).add_(x0).clamp_(*box)
 
     def start(self, x0: Tensor, eps: Tensor, box: Box, key: Tensor) -> Tensor:
@@ -302,6 +323,8 @@ class L0:
         if not (self.eps >= 0 and (math.isinf(self.eps) or float(self.eps).is_integer())):
             raise ThreatError(f"L0 counts positions; got eps={self.eps!r}. Give a whole number >= 0, or inf.")
 
+    kind: ClassVar[str] = "l0"
+
     @property
     def name(self) -> str:
         """``l0`` or ``l0-features``."""
@@ -359,6 +382,10 @@ class L0:
         mean = unit.abs().flatten(1).mean(1)
         mean.masked_fill_(mean == 0, 1.0)  # no gradient, no step
         return x + unit * per_row(size / mean, x)
+
+    def advance(self, x: Tensor, g: Tensor, size: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
+        """``move``, then ``project``."""
+        return self.project(self.move(x, g, size, x0, box), x0, eps, box)
 
     def project(self, x: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
         """The nearest point: keep the changes that would cost most to undo, given that they are clipped to the box."""

@@ -150,6 +150,7 @@ class Target:
             points are then looked at again through the model.
         queries: looks per row that are recorded; None for no limit.
         draws: fresh evaluations that judge a point of a random model (0: deterministic).
+        labels: labels or targets of all examples; the first look refuses them where the model has no such class.
     """
 
     def __init__(
@@ -159,12 +160,15 @@ class Target:
         guide: nn.Module | None = None,
         queries: int | None = None,
         draws: int = 0,
+        labels: Tensor | None = None,
     ) -> None:
         self.model = model
         self.guide = model if guide is None else guide
         self.access = access
         self.queries = queries
         self.draws = draws
+        self.labels = labels
+        self.highest = -1 if labels is None or not len(labels) else int(labels.max())
 
     def linearize(self, problem: Problem, x: Tensor, objective: Objective | None = None) -> View:
         """Look at ``x`` [B, ...] keeping the graph: logits, margin, met, the objective's value and cotangent, ``pull``.
@@ -180,8 +184,8 @@ class Target:
         with torch.enable_grad():
             graph = classify(self.guide, x)
         logits = graph.detach()
-        if int(problem.goal.label.amax()) >= logits.shape[1]:
-            _refuse_labels(problem, logits.shape[1])
+        if self.labels is not None and self.highest >= logits.shape[1]:
+            _refuse_labels(self.labels, logits.shape[1])
         value, cotangent = (objective or margin)(logits, problem.goal)
         lead, met = self._nominate(problem, x.detach(), logits, value, asked=self.guide is self.model)
         return View(self.access, logits, lead, met, value, cotangent, problem, x, graph)
@@ -200,8 +204,8 @@ class Target:
             )
         with torch.no_grad():  # not inference_mode: what a model caches in its forward must stay usable with gradients
             logits = classify(self.model if shown else self.guide, x.detach())
-        if int(problem.goal.label.amax()) >= logits.shape[1]:
-            _refuse_labels(problem, logits.shape[1])
+        if self.labels is not None and self.highest >= logits.shape[1]:
+            _refuse_labels(self.labels, logits.shape[1])
         value = None if objective is None else objective(logits, problem.goal)[0]
         lead, met = self._nominate(problem, x.detach(), logits, value, asked=shown)
         return Look(self.access, logits, lead, met)
@@ -215,9 +219,13 @@ class Target:
         """
         found, region, box = problem.found, problem.threat.region, problem.threat.box
         lead = problem.goal.margin(logits)
-        met = lead > rounding(logits)
+        met = lead > 0
+        if bool(met.any()):
+            met = lead > rounding(logits)
         value = lead if value is None else value
         live = ~found.settled
+        if not math.isfinite(float(lead.sum())):
+            found.error |= live & ~lead.isfinite()
         if self.queries is not None:
             live &= found.queries < self.queries  # a look beyond the limit is not recorded
         found.forwards += live
@@ -242,8 +250,11 @@ class Target:
                 return lead, met
             better &= region.contains(x, problem.x0, problem.eps)
         better &= _in_box(x, box)
-        rows = better.nonzero().squeeze(1)
-        found.x.index_copy_(0, rows, x.index_select(0, rows))
+        if bool(better.all()):
+            found.x.copy_(x)
+        else:
+            rows = better.nonzero().squeeze(1)
+            found.x.index_copy_(0, rows, x.index_select(0, rows))
         found.met = found.met | (better & met)
         found.score = torch.where(better, score, found.score)
         found.margin = torch.where(better, lead, found.margin)
@@ -270,11 +281,11 @@ class Target:
         return torch.where(met, worst, lead), met & (wins * 2 > looks)
 
 
-def _refuse_labels(problem: Problem, classes: int) -> None:
-    high = problem.example[problem.goal.label >= classes].unique().tolist()
+def _refuse_labels(labels: Tensor, classes: int) -> None:
+    high = (labels >= classes).nonzero().flatten().tolist()
     raise DataError(
         f"Labels and targets must be below the model's {classes} classes; {rows_text(high)} reach up to "
-        f"{int(problem.goal.label.amax())}. Check that model and data belong together."
+        f"{int(labels.max())}. Check that model and data belong together."
     )
 
 

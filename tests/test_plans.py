@@ -66,7 +66,7 @@ class TestRefusal:
     def test_the_reason_is_stated(self) -> None:
         step = load_plan("standard").steps[1]
         for norm in ("l0", "l0-features"):
-            assert "l0 is no norm" in (step.refusal(Threat.parse(f"{norm}:5")) or "")
+            assert "does not serve l0" in (step.refusal(Threat.parse(f"{norm}:5")) or "")
         assert step.refusal(Threat.parse("l2:1")) is None
 
     def test_access(self) -> None:

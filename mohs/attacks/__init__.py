@@ -5,6 +5,7 @@ from mohs.attacks.bim import BIM
 from mohs.attacks.deepfool import DeepFool
 from mohs.attacks.fgsm import FGSM
 from mohs.attacks.pgd import PGD
+from mohs.attacks._ranking import by_logit
 from mohs.attacks.run import Job, Outcome, Stop, attack
 
 REGISTRY: dict[str, type] = {a.__name__: a for a in (FGSM, BIM, PGD, DeepFool)}

@@ -32,6 +32,7 @@ class Attack(Protocol):
         needs: the access it asks for.
         finite: does it need a finite radius?
         random: do restarts differ? (Taken for granted where it is not said.)
+        norms: the regions it serves, of "linf", "l2", "l1", "l0" and "lp" (where it is not said: all of them).
     """
 
     needs: ClassVar[Access]

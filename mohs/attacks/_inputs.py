@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +48,20 @@ def check_inputs(
     for name, value, least in (("restarts", restarts, 1), ("aims", aims, 0), ("batch", batch, 1)):
         if value is not None and (not isinstance(value, int) or value < least):
             raise UsageError(f"{name} must be a whole number >= {least}; got {value!r}.")
+
+
+def check_start(start: Tensor | None, x: Tensor, confidence: float) -> None:
+    """Points to begin from have the inputs' shape and are finite; a confidence is a number >= 0."""
+    if not isinstance(confidence, int | float) or not 0 <= confidence < math.inf:
+        raise UsageError(f"confidence must be a number >= 0, in logits; got {confidence!r}.")
+    if start is None:
+        return
+    if not isinstance(start, Tensor) or start.shape != x.shape:
+        got = f"shape {tuple(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
+        raise DataError(f"start must be a tensor of the inputs' shape {tuple(x.shape)}; got {got}.")
+    bad = (~start.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise DataError(f"start must be finite; found nan or inf in {rows_text(bad)}.")
 
 
 def check_box(x: Tensor, threat: Threat) -> None:

@@ -51,8 +51,8 @@ class BIM:
         check_steps(self.steps, self.step_size, self.objective)
 
     def init(self, problem: Problem) -> State:
-        """At the clean input."""
-        return State(problem.x0.clone())
+        """At the clean input, or where the caller wants."""
+        return State(problem.begin())
 
     def step(self, problem: Problem, state: State, k: int) -> State:
         """One step along the gradient and back into the region."""
@@ -60,5 +60,4 @@ class BIM:
         size = step_sizes(problem, self.step_size, self.steps)
         if self.step_size is None:
             size = size / 2.5  # the region's default crosses the ball and back; BIM's only reaches the edge
-        region, box = problem.threat.region, problem.threat.box
-        return State(problem.project(region.move(state.x, g, size, problem.x0, box)))
+        return State(problem.advance(state.x, g, size))

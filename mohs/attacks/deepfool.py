@@ -88,6 +88,7 @@ class DeepFool:
     needs: ClassVar[Access] = Access.GRADIENT
     finite: ClassVar[bool] = False
     random: ClassVar[bool] = False
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "lp")
 
     def __post_init__(self) -> None:
         for name in ("steps", "candidates", "revisit"):
@@ -100,7 +101,7 @@ class DeepFool:
 
     def init(self, problem: Problem) -> DeepFoolState:
         """At the clean input."""
-        return DeepFoolState(problem.x0.clone())
+        return DeepFoolState(problem.begin())
 
     def step(self, problem: Problem, state: DeepFoolState, k: int) -> DeepFoolState:
         """Linearise, find the nearest boundary, step just across it."""

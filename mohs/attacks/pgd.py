@@ -63,14 +63,13 @@ class PGD:
 
     def init(self, problem: Problem) -> State:
         """A random point of the region, or the clean input."""
-        return State(problem.start() if self.random_start else problem.x0.clone())
+        return State(problem.start() if self.random_start else problem.begin())
 
     def step(self, problem: Problem, state: State, k: int) -> State:
         """One step along the gradient and back into the region."""
         g = problem.gradient(state.x, self.objective)
         size = step_sizes(problem, self.step_size, self.steps)
-        region, box = problem.threat.region, problem.threat.box
-        return State(problem.project(region.move(state.x, g, size, problem.x0, box)))
+        return State(problem.advance(state.x, g, size))
 
 
 def step_sizes(problem: Problem, step_size: float | None, steps: int) -> Tensor:

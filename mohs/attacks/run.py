@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from mohs import streams
 from mohs.attacks._base import Attack
-from mohs.attacks._inputs import check_inputs, check_mode
+from mohs.attacks._inputs import check_inputs, check_mode, check_start
+from mohs.attacks._ranking import Ranking, by_logit
 from mohs.errors import AccessError, ThreatError, UsageError
 from mohs.problem import Findings, Goal, Problem
 from mohs.target import Target
@@ -34,7 +35,16 @@ WAVE = 8
 
 def usual_batch(device: torch.device) -> int:
     """Physical batch size where none is asked for: small batches leave small holes, but a GPU wants to be filled."""
-    return 64 if device.type == "cpu" else 256
+    return 128 if device.type == "cpu" else 256
+
+
+def refused_norm(attack: Attack | type, threat: Threat) -> str | None:
+    """Why the attack cannot run in the threat's region, or None if it can."""
+    kind, served = threat.region.kind, getattr(attack, "norms", None)
+    if served is None or kind in served:
+        return None
+    name = attack.__name__ if isinstance(attack, type) else type(attack).__name__
+    return f"{name} does not serve {threat.region.name}. It serves: {', '.join(served)}"
 
 
 class Stop(Enum):
@@ -54,6 +64,7 @@ class Outcome:
     change was asked for and none found). ``size`` is the norm of the change, inf where nothing was found; ``margin`` by how
     many logits the goal is met. ``forwards``, ``backwards`` and ``queries`` count what the rows up to the answering one
     cost, run in sequence; ``spent`` those of all rows, cancelled ones included, and ``restart`` the answering row (-1: none).
+    ``error``: the model somewhere answered with logits that are not finite, so that 'not found' says little.
     ``trace`` [N, rows, looks] is the objective at every look where it was asked for (nan: not looked).
     """
 
@@ -67,6 +78,7 @@ class Outcome:
     queries: Tensor
     spent: int
     batch: int
+    error: Tensor
     trace: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -85,7 +97,10 @@ def attack(
     targets: Tensor | None = None,
     restarts: int = 1,
     aims: int = 0,
+    rank: Ranking = by_logit,
     eps: Tensor | None = None,
+    confidence: float = 0.0,
+    start: Tensor | None = None,
     seed: int = 0,
     batch: int | None = None,
     stop: Stop | None = None,
@@ -103,11 +118,15 @@ def attack(
         threat: a ``Threat`` or its short form, such as ``"linf:8/255"``; ``"l2:inf"`` asks for the smallest change.
         targets: classes to reach instead [N]; then success is exactly that class.
         restarts: independent tries per example; they share the threat's query limit evenly.
-        aims: move towards each of that many classes in turn, highest logits first, while any wrong class still counts
-            as success (multi-targeted): restarts * aims rows; 0: no aim.
+        aims: move towards each of that many classes in turn while any wrong class still counts as success
+            (multi-targeted): restarts * aims rows; 0: no aim.
+        rank: which classes are aimed at first: ``mohs.attacks.by_logit`` (highest logits) or ``by_distance`` (nearest
+            linearised boundaries).
         eps: a radius per example [N], instead of the threat's.
+        confidence: by how many logits the wrong answer must win to count.
+        start: points [N, ...] to begin from, such as an earlier outcome's ``x``; they are brought into region and box.
         seed: of the random streams; the global generators are not touched.
-        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 64 on
+        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 128 on
             a CPU, 256 elsewhere, or the next power of two for fewer rows.
         stop: when a row ends; default: at the first success at a finite radius, else when the budget is spent.
         trace: keep the objective at every look (implies that the budget is spent).
@@ -122,8 +141,8 @@ def attack(
     """
     with torch.inference_mode(False):  # evaluation code often stands inside inference_mode, which knows no gradients
         job = Job(
-            attack, model, x, y, Threat.parse(threat), targets=targets, restarts=restarts, aims=aims, eps=eps,
-            seed=seed, batch=batch, stop=stop, trace=trace, guide=guide,
+            attack, model, x, y, Threat.parse(threat), targets=targets, restarts=restarts, aims=aims, rank=rank, eps=eps,
+            confidence=confidence, start=start, seed=seed, batch=batch, stop=stop, trace=trace, guide=guide,
         )  # fmt: skip
         finished = broken = 0
         for final in job.run():
@@ -139,10 +158,12 @@ class Job:
 
     def __init__(
         self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *,
-        targets: Tensor | None = None, restarts: int = 1, aims: int = 0, eps: Tensor | None = None, seed: int = 0,
+        targets: Tensor | None = None, restarts: int = 1, aims: int = 0, rank: Ranking = by_logit,
+        eps: Tensor | None = None, confidence: float = 0.0, start: Tensor | None = None, seed: int = 0,
         batch: int | None = None, stop: Stop | None = None, trace: bool = False, guide: nn.Module | None = None,
     ) -> None:  # fmt: skip
         check_inputs(x, y, threat, targets=targets, eps=eps, restarts=restarts, aims=aims, batch=batch)
+        check_start(start, x, confidence)
         check_mode(model)
         if guide is not None:
             check_mode(guide)
@@ -167,11 +188,21 @@ class Job:
                 f"{attack!r} needs a finite radius; got {threat}. Give one, such as '{threat.region.name}:0.1', or use a "
                 "minimum-norm attack such as DeepFool."
             )
+        if reason := refused_norm(attack, threat):
+            raise ThreatError(f"{reason}. Choose one of these, or another attack.")
         self.attack, self.threat, self.seed = attack, threat, seed
+        self.rank, self.confidence, self.start = rank, confidence, start
         if not getattr(attack, "random", True) and threat.draws == 0:
             restarts = 1  # a further restart of a deterministic attack is the same one
         self.rows = restarts * max(aims, 1)
-        self.target = Target(model, threat.access, guide, _share(threat.queries, self.rows, aims), threat.draws)
+        self.target = Target(
+            model,
+            threat.access,
+            guide,
+            _share(threat.queries, self.rows, aims),
+            threat.draws,
+            y if targets is None else targets,
+        )
         self.x, self.y, self.targets = x.detach(), y, targets
         self.aims = aims
         whole = trace or threat.minimum
@@ -189,6 +220,7 @@ class Job:
         self.cost = y.new_zeros((3, *count))
         self.best = self.x.clone()
         self.success = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.error = self.success.clone()
         self.score = x.new_full((len(x),), -math.inf)
         self.margin = x.new_full((len(x),), -math.inf)
         self.spent = 0
@@ -239,37 +271,36 @@ class Job:
         return Outcome(
             x=x, success=success, size=size.masked_fill(~success, math.inf), margin=self.margin[of],
             restart=self.owner[of].masked_fill(~success, -1), forwards=forwards, backwards=backwards,
-            queries=queries, spent=self.spent, batch=self.batch, trace=None if self.trace is None else self.trace[of],
+            queries=queries, spent=self.spent, batch=self.batch, error=self.error[of],
+            trace=None if self.trace is None else self.trace[of],
         )  # fmt: skip
 
     def _rank_classes(self) -> Tensor:
-        """Classes other than the label by falling logit at the clean input, [N, aims]; one look per example."""
+        """Classes other than the label, the most promising first, [N, aims]."""
         ranked = []
         for part in torch.arange(len(self.x), device=self.x.device).split(self.batch):
             problem = self._padded(self._problem(part, torch.zeros_like(part)))
             with _QuietGenerators(self.seed, int(part[0]), 0):
-                logits = problem.look(problem.x0).logits
-            aims = logits.scatter(1, problem.goal.label.unsqueeze(1), -math.inf).argsort(dim=1, descending=True)
-            if self.aims > logits.shape[1] - 1:
-                raise UsageError(
-                    f"aims={self.aims}, but the model has {logits.shape[1]} classes, so at most {logits.shape[1] - 1} others."
-                )
-            ranked.append(aims[: len(part), : self.aims])
-            self.cost[0, part, 0] += 1
-            self.cost[2, part, 0] += 1
-            self.spent += len(part)
+                aims = self.rank(problem, self.aims)
+            ranked.append(aims[: len(part)])
+            found = problem.found.take(torch.arange(len(part), device=self.x.device))
+            for i, count in enumerate((found.forwards, found.backwards, found.queries)):
+                self.cost[i, part, 0] += count
+            self.spent += int(found.forwards.sum() + found.backwards.sum())
         return torch.cat(ranked)
 
     def _problem(self, example: Tensor, number: Tensor) -> Problem:
         x0 = self.x[example]
         if self.targets is not None:
-            goal = Goal.attain(self.targets[example])
-        elif self.ranked is not None:
-            goal = Goal.leave(self.y[example], self.ranked[example, number % self.aims])
+            goal = Goal.attain(self.targets[example], confidence=self.confidence)
         else:
-            goal = Goal.leave(self.y[example])
-        key = streams.derive(self.key[example], number // max(self.aims, 1))
-        return Problem(self.target, self.threat, x0, self.eps[example], goal, key, example, number, Findings.none(x0))
+            aim = None if self.ranked is None else self.ranked[example, number % self.aims]
+            goal = Goal.leave(self.y[example], aim, confidence=self.confidence)
+        key, eps = streams.derive(self.key[example], number // max(self.aims, 1)), self.eps[example]
+        warm = None
+        if self.start is not None:
+            warm = self.threat.region.project(self.start[example].to(x0), x0, eps, self.threat.box)
+        return Problem(self.target, self.threat, x0, eps, goal, key, example, number, Findings.none(x0), warm)
 
     def _padded(self, problem: Problem) -> Problem:
         """Fill up to the physical batch with settled copies of the last row: every pass has the same shape."""
@@ -291,14 +322,15 @@ class Job:
         del problem
         for k in range(self.attack.steps):
             live = 0
-            for i, (p, s) in enumerate(pairs):
-                with guarded:
+            with guarded:
+                for i, (p, s) in enumerate(pairs):
                     s = self.attack.step(p, s, k)
-                self._note(p, k)
-                self._settle(p, s.done)
-                pairs[i] = (p, s)
+                    self._note(p, k)
+                    self._settle(p, s.done)
+                    pairs[i] = (p, s)
             for p, _ in pairs:
-                p.found.settled |= p.number > self.answer[p.example]  # a lower row has answered meanwhile
+                if self.rows > 1:
+                    p.found.settled |= p.number > self.answer[p.example]  # a lower row has answered meanwhile
                 live += int((~p.found.settled).sum())
             if live == 0:
                 break
@@ -360,6 +392,7 @@ class Job:
     def _merge(self, p: Problem, number: int) -> None:
         e, found = p.example, p.found
         self.finished[e, number] = True
+        self.error[e] |= found.error
         for i, count in enumerate((found.forwards, found.backwards, found.queries)):
             self.cost[i, e, number] += count
         self.spent += int(found.forwards.sum() + found.backwards.sum())

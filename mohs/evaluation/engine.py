@@ -70,7 +70,7 @@ def evaluate(
             that lives as long as the returned record.
         certificates: such as ``[mohs.certificates.CROWN()]``.
         seed: of all randomness; the global generators are not touched.
-        batch: physical batch size; results are bit-identical for equal ``batch``. Default: 64 on a CPU, else 256.
+        batch: physical batch size; results are bit-identical for equal ``batch``. Default: 128 on a CPU, else 256.
         stated_accuracy: clean accuracy the model is said to have, checked against the measured one.
         subject, command: how model and run are named in the record.
         notify: progress, see ``Notify``.

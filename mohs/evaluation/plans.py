@@ -104,10 +104,14 @@ class PlanStep:
 
     def refusal(self, threat: Threat) -> str | None:
         """Why this step cannot run under a threat, or None if it can."""
+        from mohs.attacks.run import refused_norm
+
         for norm, reason in self.skips:
             if threat.region.name.removesuffix("-features") == norm:
                 return f"{self.name} does not serve {threat.region.name}: {reason}"
         attack = self.build()
+        if (reason := refused_norm(attack, threat)) is not None:
+            return reason
         if attack.needs > threat.access:
             return f"{self.name} needs access {attack.needs.name}; the threat grants {threat.access.name}"
         if attack.finite and threat.minimum:
