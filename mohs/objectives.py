@@ -85,6 +85,75 @@ def margin(logits: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
     return value, cotangent
 
 
+@Objective
+def dlr(logits: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
+    """The difference of logits ratio: the margin over the distance from the first to the third logit (of this row).
+
+        leaving:          (max_(i != y) z_i - z_y) / (z_(1) - z_(3))
+        aimed, reaching:  (z_up - z_down) / (z_(1) - (z_(3) + z_(4)) / 2)
+
+    Invariant to shift and scale of the logits, so that neither temperature nor saturation hides it. It is flat along the way
+    to a runner-up that drags the third logit with it, so it complements other objectives and replaces none. The cotangent
+    is the derivative times the denominator.
+
+    Where there are fewer logits (or finite ones) than the formula names, the objective is the margin: of two logits any function
+    that ignores shift and scale is a constant, and so is the aimed ratio of three, seen from the highest to the lowest.
+
+    >>> value, cotangent = dlr(torch.tensor([[6.0, 4.0, 2.0, 0.0]]), Goal.leave(torch.tensor([0])))
+    >>> value.tolist(), cotangent.tolist()
+    ([-0.5], [[-0.5, 1.0, -0.5, 0.0]])
+
+    **Differs from the paper**: the positive factor per row; what happens below four classes; reaching a class, where the
+    paper knows the true class, the strongest rival stands for it.
+    **Source**: F. Croce, M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+    attacks", ICML 2020, equations 6 and 7.
+    """
+    gap, cotangent = margin(logits, goal)
+    if logits.shape[1] == 2:
+        return gap, cotangent
+    aimed = goal.reach | (goal.aim >= 0)
+    top, order = logits.sort(dim=1, descending=True, stable=True)  # among equals the first, as the rival is the first
+    third, fourth = order[:, 2:3], order[:, min(3, logits.shape[1] - 1)].unsqueeze(1)
+    fourth = torch.where(aimed.unsqueeze(1), fourth, third)
+    spread = top[:, 0] - (logits.gather(1, third) + logits.gather(1, fourth)).squeeze(1) / 2
+    whole = spread.isfinite() & (~aimed | (logits.shape[1] > 3))
+    # where three logits are equal, the margin is zero with them or infinitely many times as large
+    least = (gap.abs() * torch.finfo(logits.dtype).eps).clamp_min(torch.finfo(logits.dtype).tiny)
+    value = gap / torch.maximum(spread, least)
+    weight = torch.where(whole & (spread > least), value, 0.0).unsqueeze(1)
+    cotangent.scatter_add_(1, order[:, :1], -weight)
+    cotangent.scatter_add_(1, third, weight / 2).scatter_add_(1, fourth, weight / 2)
+    return torch.where(whole, value, gap), cotangent
+
+
+@Objective
+def probability_margin(logits: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
+    """The margin of probabilities v = p_up - p_down, on a scale that never saturates: log((1 + v) / (1 - v)).
+
+    Up and down are the classes of the logit margin. The order of any two points, the sign and the direction of the gradient
+    are those of v; but v is exactly -1 in float32 on a confident model, and then neither tells points apart nor has a
+    derivative. As 1 + v sums the probabilities but p_down, with p_up twice, the value is the difference of two
+    logsumexps, and its derivative that of two softmaxes. For two classes it is the logit margin.
+
+    >>> value, cotangent = probability_margin(torch.tensor([[1000.0, 0.0, 0.0]]), Goal.leave(torch.tensor([0])))
+    >>> round(float(value), 3), [round(c, 3) for c in cotangent[0].tolist()]
+    (-999.595, [-1.0, 0.667, 0.333])
+
+    **Differs from the paper**: the increasing map applied to v; goals other than leaving a class.
+    **Source**: Y. Xie et al., "Towards million-scale adversarial robustness evaluation with stronger individual attacks",
+    CVPR 2025 (arXiv 2411.15210), the probability margin loss.
+    """
+    up, down = goal.contest(logits)
+    up, down = up.unsqueeze(1), down.unsqueeze(1)
+    gain = logits.scatter(1, down, logits.gather(1, up))  # the winner's logit twice, the loser's not at all
+    loss = logits.scatter(1, up, logits.gather(1, down))
+    value = gain.logsumexp(1) - loss.logsumexp(1)
+    gain, loss = gain.softmax(1), loss.softmax(1)
+    cotangent = gain - loss
+    cotangent.scatter_(1, up, 2 * gain.gather(1, up)).scatter_(1, down, -2 * loss.gather(1, down))
+    return value, cotangent
+
+
 def from_loss(loss: Callable[[Tensor, Goal], Tensor]) -> Objective:
     """An objective from any differentiable ``loss(logits, goal) -> [B]`` (larger is better for the attacker), by autograd."""
 
