@@ -92,7 +92,7 @@ def test_a_region_that_is_not_served_is_refused_before_any_work() -> None:
     net, x = Counting(relu_net((6,))), inputs(8, 6)
     y = net(x).argmax(1)
     before = net.forwards
-    with pytest.raises(ThreatError, match="DeepFool does not serve l0. It serves: linf, l2, l1, lp"):
+    with pytest.raises(ThreatError, match=r"DeepFool does not serve l0. It serves: linf, l2, l1, lp"):
         mohs.attack(DeepFool(), net, x, y, "l0:2")
     assert net.forwards == before
 

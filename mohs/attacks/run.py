@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +21,8 @@ from torch import Tensor, nn
 from mohs import streams
 from mohs.attacks._base import Attack
 from mohs.attacks._inputs import check_inputs, check_mode, check_start
+from mohs.attacks._outcome import Outcome, Stop
+from mohs.attacks._quiet import QuietGenerators
 from mohs.attacks._ranking import Ranking, by_logit
 from mohs.errors import AccessError, ThreatError, UsageError
 from mohs.problem import Findings, Goal, Problem
@@ -45,46 +45,6 @@ def refused_norm(attack: Attack | type, threat: Threat) -> str | None:
         return None
     name = attack.__name__ if isinstance(attack, type) else type(attack).__name__
     return f"{name} does not serve {threat.region.name}. It serves: {', '.join(served)}"
-
-
-class Stop(Enum):
-    """When a row is settled."""
-
-    SUCCESS = "success"
-    """At its first confirmed success (evaluation)."""
-    BUDGET = "budget"
-    """When the budget is spent (training, loss curves, the smallest change); the best point is kept."""
-
-
-@dataclass
-class Outcome:
-    """What an attack found, per example.
-
-    ``x`` [N, ...] holds the adversarial example, or the best point inside the region (the clean input where the smallest
-    change was asked for and none found). ``size`` is the norm of the change, inf where nothing was found; ``margin`` by how
-    many logits the goal is met. ``forwards``, ``backwards`` and ``queries`` count what the rows up to the answering one
-    cost, run in sequence; ``spent`` those of all rows, cancelled ones included, and ``restart`` the answering row (-1: none).
-    ``error``: the model somewhere answered with logits that are not finite, so that 'not found' says little.
-    ``trace`` [N, rows, looks] is the objective at every look where it was asked for (nan: not looked).
-    """
-
-    x: Tensor
-    success: Tensor
-    size: Tensor
-    margin: Tensor
-    restart: Tensor
-    forwards: Tensor
-    backwards: Tensor
-    queries: Tensor
-    spent: int
-    batch: int
-    error: Tensor
-    trace: Tensor | None = None
-
-    def __repr__(self) -> str:
-        found = int(self.success.sum())
-        middle = f", median size {float(self.size.median()):.4g}" if found * 2 > len(self.success) else ""
-        return f"Outcome({found} of {len(self.success)} found{middle}, {self.spent} passes)"
 
 
 def attack(
@@ -280,7 +240,7 @@ class Job:
         ranked = []
         for part in torch.arange(len(self.x), device=self.x.device).split(self.batch):
             problem = self._padded(self._problem(part, torch.zeros_like(part)))
-            with _QuietGenerators(self.seed, int(part[0]), 0):
+            with QuietGenerators(self.seed, int(part[0]), 0):
                 aims = self.rank(problem, self.aims)
             ranked.append(aims[: len(part)])
             found = problem.found.take(torch.arange(len(part), device=self.x.device))
@@ -313,7 +273,7 @@ class Job:
     def _wave(self, example: Tensor, number: Tensor) -> Iterator[None]:
         """Run rows from first to last step; pauses whenever rows have been merged into their examples."""
         problem = self._problem(example, number)
-        guarded = _QuietGenerators(self.seed, int(example[0]), int(number[0]))
+        guarded = QuietGenerators(self.seed, int(example[0]), int(number[0]))
         pairs = []
         for index in torch.arange(len(problem), device=self.x.device).split(self.batch):
             part = self._padded(problem.take(index))
@@ -431,26 +391,3 @@ def _share(queries: int | None, rows: int, aims: int) -> int | None:
             "Each row needs at least one: use fewer restarts or aims, or raise Threat(queries=...)."
         )
     return share
-
-
-class _QuietGenerators:
-    """Leaves the global generators as they were, and seeds them inside so that a random model is reproducible."""
-
-    def __init__(self, seed: int, first: int, number: int) -> None:
-        self.seed = streams.text_key(f"{seed} {first} {number}")
-        self.calls = 0
-
-    @staticmethod
-    def _generators() -> list[torch.Generator]:
-        cuda = list(torch.cuda.default_generators) if torch.cuda.is_initialized() else []
-        return [torch.default_generator, *cuda]
-
-    def __enter__(self) -> None:
-        self.calls += 1
-        self.saved = [(g, g.get_state()) for g in self._generators()]
-        for generator, _ in self.saved:
-            generator.manual_seed((self.seed + self.calls) % (1 << 63))
-
-    def __exit__(self, *exception: object) -> None:
-        for generator, state in self.saved:
-            generator.set_state(state)
