@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import time
 import warnings
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import torch
 
+from mohs.attacks import REGISTRY
 from mohs.errors import MohsError
+from mohs.evaluation.plans import available_plans
 
-from . import batches, imports, overhead, strength
-from .peers import PEERS
+from . import autoattack, batches, exact, imports, memory, minimum, overhead, peer_bugs, robust, strength
+from .peers import LIBRARIES
 from .subjects import BUNDLED_DATA, BUNDLED_NETS, Options, load_text, setup
 
 SECTIONS: dict[str, Callable[[Options], Iterator[str]]] = {
@@ -25,8 +28,14 @@ SECTIONS: dict[str, Callable[[Options], Iterator[str]]] = {
     "deepfool": strength.deepfool,
     "batches": batches.run,
     "import": imports.run,
+    "autoattack": autoattack.run,
+    "minimum": minimum.run,
+    "peer_bugs": peer_bugs.run,
+    "exact": exact.run,
+    "memory": memory.run,
 }
-LIBRARIES = tuple(dict.fromkeys(library for libraries in PEERS.values() for library in libraries))
+USUAL = ("overhead", "pgd", "deepfool", "batches", "import")
+"""What runs where no section is named; the others take longer and say what they need."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description="Mohs beside the public libraries, in one run."
     )
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; default: all")
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; default: {', '.join(USUAL)}"
+    )
     parser.add_argument("--quick", action="store_true", help="three repeats on few images: does it run, not how fast")
     parser.add_argument("--repeats", type=_count, help="timed runs of each side (default 7)")
     parser.add_argument("--rows", type=_count, help="images at most (default 1000)")
@@ -43,13 +54,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default=BUNDLED_DATA, help="28 x 28 grey images as `mohs run` takes them")
     parser.add_argument("--threads", type=_count, help="torch threads (default: torch's own choice)")
     parser.add_argument("--out", type=Path, help="write the page to this file too")
+    parser.add_argument("--json", type=Path, help="write the rows of autoattack, minimum, exact ... to this file")
+    more = parser.add_argument_group("autoattack, minimum, exact")
+    more.add_argument("--subjects", default=",".join(robust.SUBJECTS), help="robust nets (default: all that are there)")
+    more.add_argument("--norms", "--norm", default="linf,l2,l1,l0", help="of minimum and exact (default: all four)")
+    more.add_argument("--attacks", default="", help="ours, of minimum and exact (default: every one that fits)")
+    more.add_argument("--passes", type=_count, default=200, help="of minimum, per image (default 200)")
+    more.add_argument("--plans", default="", help="ours, of autoattack (default: all that are built in)")
+    more.add_argument("--aa-cache", type=Path, help="results of AutoAttack are taken from here, or put here")
     given = parser.parse_args(arguments)
-    sections = given.sections or list(SECTIONS)
-    libraries = tuple(name for name in given.peers.split(",") if name)
-    for what, names, known in (("section", sections, SECTIONS), ("peer", libraries, LIBRARIES)):
+    sections = given.sections or list(USUAL)
+    libraries = _names(given.peers)
+    chosen, norms = _names(given.subjects), _names(given.norms)
+    for what, names, known in (
+        ("section", sections, SECTIONS), ("peer", libraries, LIBRARIES), ("subject", chosen, robust.SUBJECTS),
+        ("norm", norms, minimum.NORMS), ("plan", _names(given.plans), available_plans()),
+        ("attack", _names(given.attacks), REGISTRY),
+    ):  # fmt: skip
         if unknown := [name for name in names if name not in known]:
             parser.error(f"no {what} {unknown[0]!r}; there are {', '.join(known)}")
-    options = Options(libraries=libraries, nets=tuple(given.nets.split(",")), data=given.data)
+    options = Options(
+        libraries=libraries, nets=tuple(given.nets.split(",")), data=given.data, subjects=chosen, norms=norms,
+        attacks=_names(given.attacks), plans=_names(given.plans), passes=given.passes, aa_cache=given.aa_cache,
+    )  # fmt: skip
     if given.quick:
         options = replace(options, repeats=3, rows=64, slow_rows=4, wide_rows=32)
     options = replace(options, repeats=given.repeats or options.repeats, rows=given.rows or options.rows)
@@ -67,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:  # an interrupted run keeps what it has measured
         if given.out and page:
             given.out.write_text("\n\n".join(page) + "\n", encoding="utf-8")
+        if given.json and options.results:
+            given.json.write_text(json.dumps(options.results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -89,6 +118,10 @@ def _parts(sections: Sequence[str], options: Options) -> Iterator[str]:
     for name in sections:
         yield from SECTIONS[name](options)
     yield f"Measured in {time.perf_counter() - start:.0f} s; load on end: {load_text()}."
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def _count(text: str) -> int:

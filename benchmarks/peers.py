@@ -57,11 +57,14 @@ def missing(library: str) -> str | None:
     if library not in _MODULES:
         return f"unknown peer {library!r}: known are {', '.join(_MODULES)}"
     try:
-        _load(library)
+        load(library)
     except Exception as error:  # a peer can fail to import in any way; the benchmark goes on without it
         first_line = (str(error).splitlines() or [""])[0]
         return f"{library} cannot be imported: {type(error).__name__}: {first_line}"
     return None
+
+
+LIBRARIES = tuple(_MODULES)
 
 
 def version(library: str) -> str:
@@ -71,7 +74,7 @@ def version(library: str) -> str:
     return installed(_DISTRIBUTIONS[library])
 
 
-def _load(library: str) -> Any:
+def load(library: str) -> Any:
     shim.prepare()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations of the peers' own imports
@@ -79,7 +82,7 @@ def _load(library: str) -> Any:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed torch and numpy, the peers' only sources of randomness, and put both back afterwards."""
     before = np.random.get_state()  # noqa: NPY002 (ART draws from numpy's global state)
     try:
@@ -95,10 +98,10 @@ def _seeded(seed: int) -> Iterator[None]:
 # with loss.backward(), so the parameters' gradients are computed, and accumulated into, at every step.
 
 
-def _foolbox(attack: Any, model: nn.Module, x: Tensor, y: Tensor, eps: float | None, seed: int) -> Tensor:
-    foolbox = _load("foolbox")
+def run_foolbox(attack: Any, model: nn.Module, x: Tensor, y: Tensor, eps: float | None, seed: int) -> Tensor:
+    foolbox = load("foolbox")
     target = foolbox.PyTorchModel(model, bounds=(0.0, 1.0), device=x.device)
-    with _seeded(seed):
+    with seeded(seed):
         _, inside, _ = attack(target, x, y, epsilons=eps)
     return inside.detach()
 
@@ -106,25 +109,25 @@ def _foolbox(attack: Any, model: nn.Module, x: Tensor, y: Tensor, eps: float | N
 def foolbox_pgd_linf(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int
 ) -> Tensor:
-    attack = _load("foolbox").attacks.LinfPGD(abs_stepsize=step_size, steps=steps, random_start=True)
-    return _foolbox(attack, model, x, y, eps, seed)
+    attack = load("foolbox").attacks.LinfPGD(abs_stepsize=step_size, steps=steps, random_start=True)
+    return run_foolbox(attack, model, x, y, eps, seed)
 
 
 def foolbox_pgd_l2(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int
 ) -> Tensor:
-    attack = _load("foolbox").attacks.L2PGD(abs_stepsize=step_size, steps=steps, random_start=True)
-    return _foolbox(attack, model, x, y, eps, seed)
+    attack = load("foolbox").attacks.L2PGD(abs_stepsize=step_size, steps=steps, random_start=True)
+    return run_foolbox(attack, model, x, y, eps, seed)
 
 
 def foolbox_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int) -> Tensor:
-    return _foolbox(_load("foolbox").attacks.FGSM(random_start=False), model, x, y, eps, seed)
+    return run_foolbox(load("foolbox").attacks.FGSM(random_start=False), model, x, y, eps, seed)
 
 
 def foolbox_bim(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int) -> Tensor:
-    attacks = _load("foolbox").attacks
+    attacks = load("foolbox").attacks
     attack = attacks.LinfBasicIterativeAttack(abs_stepsize=step_size, steps=steps, random_start=False)
-    return _foolbox(attack, model, x, y, eps, seed)
+    return run_foolbox(attack, model, x, y, eps, seed)
 
 
 def foolbox_deepfool_l2(
@@ -133,15 +136,15 @@ def foolbox_deepfool_l2(
     # candidates=None asks for every class, as the paper does; the default looks at ten. One forward per class
     # and step, and all rows are computed until the last one has crossed. Leaves the label it is given, but
     # forms the differences from the class the model predicts: meant for rows that are classified correctly.
-    attack = _load("foolbox").attacks.L2DeepFoolAttack(steps=steps, candidates=None, overshoot=OVERSHOOT)
-    return _foolbox(attack, model, x, y, None, seed)
+    attack = load("foolbox").attacks.L2DeepFoolAttack(steps=steps, candidates=None, overshoot=OVERSHOOT)
+    return run_foolbox(attack, model, x, y, None, seed)
 
 
 def foolbox_deepfool_linf(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int
 ) -> Tensor:
-    attack = _load("foolbox").attacks.LinfDeepFoolAttack(steps=steps, candidates=None, overshoot=OVERSHOOT)
-    return _foolbox(attack, model, x, y, None, seed)
+    attack = load("foolbox").attacks.LinfDeepFoolAttack(steps=steps, candidates=None, overshoot=OVERSHOOT)
+    return run_foolbox(attack, model, x, y, None, seed)
 
 
 # torchattacks. Returns the last iterate without looking at it. Switches a model in train mode to eval, and
@@ -149,14 +152,14 @@ def foolbox_deepfool_linf(
 
 
 def _torchattacks(attack: Any, x: Tensor, y: Tensor, seed: int) -> Tensor:
-    with _seeded(seed):
+    with seeded(seed):
         return attack(x, y).detach()
 
 
 def torchattacks_pgd_linf(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int
 ) -> Tensor:
-    attack = _load("torchattacks").PGD(model, eps=eps, alpha=step_size, steps=steps, random_start=True)
+    attack = load("torchattacks").PGD(model, eps=eps, alpha=step_size, steps=steps, random_start=True)
     return _torchattacks(attack, x, y, seed)
 
 
@@ -164,20 +167,20 @@ def torchattacks_pgd_l2(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int
 ) -> Tensor:
     # Its random start draws the radius, not the volume, uniformly: nearer to the input than the other peers'.
-    attack = _load("torchattacks").PGDL2(model, eps=eps, alpha=step_size, steps=steps, random_start=True)
+    attack = load("torchattacks").PGDL2(model, eps=eps, alpha=step_size, steps=steps, random_start=True)
     return _torchattacks(attack, x, y, seed)
 
 
 def torchattacks_fgsm(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int
 ) -> Tensor:
-    return _torchattacks(_load("torchattacks").FGSM(model, eps=eps), x, y, seed)
+    return _torchattacks(load("torchattacks").FGSM(model, eps=eps), x, y, seed)
 
 
 def torchattacks_bim(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int
 ) -> Tensor:
-    attack = _load("torchattacks").BIM(model, eps=eps, alpha=step_size, steps=steps)
+    attack = load("torchattacks").BIM(model, eps=eps, alpha=step_size, steps=steps)
     return _torchattacks(attack, x, y, seed)
 
 
@@ -188,7 +191,7 @@ def torchattacks_deepfool_l2(
     # rows. A row whose step is cut off by the box can converge to the decision boundary without ever crossing it
     # (logits tied within 1e-6), which is its failure, not the adapter's. The point that the last step reaches is
     # returned without having been looked at. The parameters' gradients accumulate.
-    attack = _load("torchattacks").DeepFool(model, steps=steps, overshoot=OVERSHOOT)
+    attack = load("torchattacks").DeepFool(model, steps=steps, overshoot=OVERSHOOT)
     return _torchattacks(attack, x, y, seed)
 
 
@@ -197,8 +200,8 @@ def torchattacks_deepfool_l2(
 # the end: two more forwards. The adapter spends one more forward, of one row, to learn the number of classes.
 
 
-def _art_classifier(model: nn.Module, x: Tensor) -> Any:
-    _load("art")
+def art_classifier(model: nn.Module, x: Tensor) -> Any:
+    load("art")
     estimators = importlib.import_module("art.estimators.classification")
     with torch.no_grad():
         classes = int(model(x[:1]).shape[1])
@@ -212,8 +215,8 @@ def _art_classifier(model: nn.Module, x: Tensor) -> Any:
     )
 
 
-def _art(attack: Any, x: Tensor, y: Tensor, seed: int) -> Tensor:
-    with _seeded(seed):
+def run_art(attack: Any, x: Tensor, y: Tensor, seed: int) -> Tensor:
+    with seeded(seed):
         found = attack.generate(x.detach().cpu().numpy(), y.cpu().numpy())
     return torch.from_numpy(found).to(x)
 
@@ -221,8 +224,8 @@ def _art(attack: Any, x: Tensor, y: Tensor, seed: int) -> Tensor:
 def _art_pgd(
     model: nn.Module, x: Tensor, y: Tensor, norm: float, eps: float, steps: int, step_size: float, seed: int
 ) -> Tensor:
-    attack = _load("art").ProjectedGradientDescent(
-        _art_classifier(model, x),
+    attack = load("art").ProjectedGradientDescent(
+        art_classifier(model, x),
         norm=norm,
         eps=eps,
         eps_step=step_size,
@@ -231,7 +234,7 @@ def _art_pgd(
         batch_size=len(x),
         verbose=False,
     )
-    return _art(attack, x, y, seed)
+    return run_art(attack, x, y, seed)
 
 
 def art_pgd_linf(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int) -> Tensor:
@@ -243,20 +246,20 @@ def art_pgd_l2(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, s
 
 
 def art_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int) -> Tensor:
-    attack = _load("art").FastGradientMethod(_art_classifier(model, x), eps=eps, batch_size=len(x))
-    return _art(attack, x, y, seed)
+    attack = load("art").FastGradientMethod(art_classifier(model, x), eps=eps, batch_size=len(x))
+    return run_art(attack, x, y, seed)
 
 
 def art_bim(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int) -> Tensor:
-    attack = _load("art").BasicIterativeMethod(
-        _art_classifier(model, x),
+    attack = load("art").BasicIterativeMethod(
+        art_classifier(model, x),
         eps=eps,
         eps_step=step_size,
         max_iter=steps,
         batch_size=len(x),
         verbose=False,
     )
-    return _art(attack, x, y, seed)
+    return run_art(attack, x, y, seed)
 
 
 def art_deepfool_l2(
@@ -265,8 +268,8 @@ def art_deepfool_l2(
     # Leaves the class the model predicts, whatever y says: meant for rows that are classified correctly. The
     # overshoot is applied once, at the end, and nothing is looked at afterwards. Its inner forward passes run
     # in batches of 128 whatever batch_size says, and all rows are computed until the last one has crossed.
-    classifier = _art_classifier(model, x)
-    attack = _load("art").DeepFool(
+    classifier = art_classifier(model, x)
+    attack = load("art").DeepFool(
         classifier,
         max_iter=steps,
         epsilon=OVERSHOOT,
@@ -274,7 +277,7 @@ def art_deepfool_l2(
         batch_size=len(x),
         verbose=False,
     )
-    return _art(attack, x, y, seed)
+    return run_art(attack, x, y, seed)
 
 
 # adv-lib. Plain functions, input gradients only, box [0, 1] fixed. It has no FGSM, no BIM and no PGD in L2.
@@ -286,14 +289,14 @@ def adv_lib_pgd_linf(
     # Looks at a point before it steps, so the point that the last step reaches is never looked at: of the
     # iterates asked for, the start counts and the last does not. Returns the last adversarial point, or the
     # clean input.
-    with _seeded(seed):
-        return _load("adv-lib").pgd_linf(model, x, y, eps, steps=steps, random_init=True, absolute_step_size=step_size)
+    with seeded(seed):
+        return load("adv-lib").pgd_linf(model, x, y, eps, steps=steps, random_init=True, absolute_step_size=step_size)
 
 
 def adv_lib_bim(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int) -> Tensor:
     # BIM is its PGD from the input itself.
-    with _seeded(seed):
-        return _load("adv-lib").pgd_linf(model, x, y, eps, steps=steps, random_init=False, absolute_step_size=step_size)
+    with seeded(seed):
+        return load("adv-lib").pgd_linf(model, x, y, eps, steps=steps, random_init=False, absolute_step_size=step_size)
 
 
 def adv_lib_deepfool_l2(
@@ -301,13 +304,13 @@ def adv_lib_deepfool_l2(
 ) -> Tensor:
     # Drops rows that have crossed. Looks before it steps, so `steps` looks give at most steps - 1 useful
     # steps; the overshoot compounds from step to step. Returns the clean input where it fails.
-    return _load("adv-lib").df(model, x, y, steps=steps, overshoot=OVERSHOOT, norm=2)
+    return load("adv-lib").df(model, x, y, steps=steps, overshoot=OVERSHOOT, norm=2)
 
 
 def adv_lib_deepfool_linf(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float, seed: int
 ) -> Tensor:
-    return _load("adv-lib").df(model, x, y, steps=steps, overshoot=OVERSHOOT, norm=float("inf"))
+    return load("adv-lib").df(model, x, y, steps=steps, overshoot=OVERSHOOT, norm=float("inf"))
 
 
 PEERS: dict[str, dict[str, PeerAttack]] = {

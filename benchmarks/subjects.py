@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,17 @@ class Options:
     libraries: tuple[str, ...] = ("foolbox", "torchattacks", "art", "adv-lib")
     nets: tuple[str, ...] = BUNDLED_NETS
     data: str = BUNDLED_DATA
+    subjects: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ("linf", "l2", "l1", "l0")
+    attacks: tuple[str, ...] = ()
+    plans: tuple[str, ...] = ()
+    passes: int = 200
+    aa_cache: Path | None = None
+    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def keep(self, section: str, rows: list[dict[str, Any]]) -> None:
+        """Rows of a table for ``--json``."""
+        self.results.setdefault(section, []).extend(rows)
 
     def peers(self, kind: str) -> dict[str, peers.PeerAttack]:
         """The peers that have this attack, are asked for and can be imported."""

@@ -70,9 +70,9 @@ def test_peer_that_breaks_on_import_is_a_reason(monkeypatch: pytest.MonkeyPatch)
 
 def test_seeding_a_peer_leaves_global_randomness_alone() -> None:
     before_torch, before_numpy = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    with peers._seeded(5):
+    with peers.seeded(5):
         first = (torch.rand(3), np.random.rand(3))  # noqa: NPY002
-    with peers._seeded(5):
+    with peers.seeded(5):
         second = (torch.rand(3), np.random.rand(3))  # noqa: NPY002
     assert torch.equal(first[0], second[0])
     assert np.array_equal(first[1], second[1])

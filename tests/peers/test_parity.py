@@ -64,7 +64,7 @@ def check_same_rows(ours: Tensor, lead: Tensor) -> None:
 def test_fgsm_finds_the_same_points(foolbox: Any, problem: tuple[nn.Module, Tensor, Tensor], eps: float) -> None:
     model, x, y = problem
     out = mohs.attack(FGSM(), model, x, y, f"linf:{eps}")
-    theirs = peers._foolbox(foolbox.FGSM(random_start=False), model, x, y, eps, 0)
+    theirs = peers.run_foolbox(foolbox.FGSM(random_start=False), model, x, y, eps, 0)
     assert 0 < out.success.sum() < ROWS  # otherwise the flags compare nothing
     check_same_rows(out.success, leads(model, theirs, y))
     assert torch.allclose(out.x[out.success], theirs[out.success], rtol=0, atol=1e-6)
@@ -85,7 +85,7 @@ def test_pgd_walks_the_same_way_and_breaks_the_same_rows(
     best, losses = leads(model, x, y), [loss(model, x, y)]
     for steps in range(1, STEPS + 1):
         attack = kind(abs_stepsize=step_size, steps=steps, random_start=False)
-        theirs = peers._foolbox(attack, model, x, y, eps, 0)
+        theirs = peers.run_foolbox(attack, model, x, y, eps, 0)
         losses.append(loss(model, theirs, y))
         best = torch.maximum(best, leads(model, theirs, y))
     assert 0 < out.success.sum() < ROWS

@@ -1,0 +1,129 @@
+"""AutoAttack by its authors beside `mohs.evaluate`: who is left after each component, at what cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import mohs
+from mohs.evaluation.plans import available_plans
+
+from . import reference
+from .measure import Counted, table
+from .robust import RobustSubject, available
+from .subjects import SEED, Options
+
+ROWS = 256
+HEAD = ["who", "component", "robust after it", "passes so far", "time so far, s"]
+SUMMARY = ["net", "plan", "robust", "robust, AutoAttack", "broken by us alone", "by AutoAttack alone", "passes", "time"]
+ORDER = ("quick", "standard", "thorough")  # others follow
+
+
+@dataclass
+class Stage:
+    """One attack of a plan while it ran: passes and seconds of it alone."""
+
+    name: str
+    passes: int
+    seconds: float
+
+
+@dataclass
+class Watch:
+    """Samples the counter at each word of `mohs.evaluate`, so that checks and curves are told apart from attacks."""
+
+    counted: Counted
+    stages: dict[str, Stage] = field(default_factory=dict)
+    _began: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def __call__(self, stage: str, done: int, total: int, broken: int) -> None:
+        now = self.counted.forwards + self.counted.backwards, time.perf_counter()
+        began = self._began.setdefault(stage, now)
+        self.stages[stage] = Stage(stage, now[0] - began[0], now[1] - began[1])
+
+    @property
+    def attacks(self) -> list[Stage]:
+        """The stages that are attacks: they are numbered, such as '2/5 PGD-40 margin'."""
+        return [s for s in self.stages.values() if s.name.split(" ")[0].partition("/")[1]]
+
+
+def run(options: Options) -> Iterator[str]:
+    """A table per net, and one over all."""
+    rows = min(options.rows, ROWS)
+    yield "## AutoAttack"
+    yield (
+        f"The first {rows} test images, Linf at the radius each net was trained for. AutoAttack: version 'standard' with its own "
+        "settings, seed 0, one batch. Ours: `mohs.evaluate` with built-in plans. A pass is one row forward, or backward to the input, "
+        "counted at the model on both sides; ours with padding, and with the 100 examples that every attack is run on even if broken. "
+        "The last line of ours adds checks, loss curves and the curve of radii. Times are of one run."
+    )
+    if (reason := reference.missing()) is not None:
+        yield f"AutoAttack left out: {reason}."
+    chosen, absent = available(options.subjects, rows)
+    yield from absent
+    cache, summary = reference.Cache(options.aa_cache), []
+    for subject in chosen:
+        theirs = None if reason else cache.get(subject)
+        lines: list[list[object]] = []
+        if theirs is not None:
+            lines.append([theirs.source, "clean", f"{_share(theirs.clean):.2%}", "", ""])
+            for name, left in theirs.survived.items():
+                lines.append(
+                    ["", name, f"{_share(left):.2%}", f"{theirs.passes[name]:,}", f"{theirs.seconds[name]:.1f}"]
+                )
+        for plan in options.plans or _plans():
+            part, survived, passes, seconds = _ours(subject, plan)
+            lines += part
+            summary.append(_summary(subject, plan, survived, passes, seconds, theirs))
+        options.keep("autoattack", [{"net": subject.name, **dict(zip(HEAD, line, strict=True))} for line in lines])
+        yield f"**{subject.name}**, {len(subject.x)} images, eps {subject.eps:.4f}:\n\n{table(HEAD, lines)}"
+    options.keep("autoattack summary", [dict(zip(SUMMARY, line, strict=True)) for line in summary])
+    yield ("Attacks alone, against all of AutoAttack; ratios are ours to AutoAttack's:\n\n" + table(SUMMARY, summary))
+
+
+def _plans() -> list[str]:
+    there = available_plans()
+    return [p for p in ORDER if p in there] + [p for p in there if p not in ORDER]
+
+
+def _ours(subject: RobustSubject, plan: str) -> tuple[list[list[object]], Tensor, int, float]:
+    """Lines of the table; who survived; passes and seconds of the attacks."""
+    counted = Counted(subject.net)
+    watch = Watch(counted)
+    start = time.perf_counter()
+    record = mohs.evaluate(
+        counted, (subject.x, subject.y), f"linf:{subject.eps}", plan=plan, seed=SEED, notify=watch, subject=subject.name
+    )
+    seconds = time.perf_counter() - start
+    subject.net.zero_grad(set_to_none=True)
+    lines: list[list[object]] = [[f"mohs, {plan}", "clean", f"{record.clean_accuracy:.2%}", "", ""]]
+    passes, taken = 0, 0.0
+    for index, stage in enumerate(watch.attacks):
+        passes, taken = passes + stage.passes, taken + stage.seconds
+        broken = (record.breaker >= 0) & (record.breaker <= index)
+        left = float((record.correct & ~broken).mean())
+        lines.append(["", stage.name.partition(" ")[2], f"{left:.2%}", f"{passes:,}", f"{taken:.1f}"])
+    lines.append(["", "and all else", "", f"{counted.forwards + counted.backwards:,}", f"{seconds:.1f}"])
+    return lines, torch.from_numpy(np.asarray(record.survived)), passes, taken
+
+
+def _summary(
+    subject: RobustSubject, plan: str, ours: Tensor, passes: int, seconds: float, theirs: reference.Reference | None
+) -> list[object]:
+    line: list[object] = [subject.name, plan, f"{_share(ours):.2%}"]
+    if theirs is None:
+        return [*line, "-", "-", "-", f"{passes:,}", f"{seconds:.1f} s"]
+    total, took = list(theirs.passes.values())[-1], list(theirs.seconds.values())[-1]
+    return [
+        *line, f"{_share(theirs.robust):.2%}", int((theirs.robust & ~ours).sum()), int((ours & ~theirs.robust).sum()),
+        f"{passes / total:.3f}", f"{seconds / took:.3f}",
+    ]  # fmt: skip
+
+
+def _share(flags: Tensor) -> float:
+    return float(flags.double().mean())

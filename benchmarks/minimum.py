@@ -1,0 +1,171 @@
+"""The smallest change each attack finds, ours and the peers', at equal numbers of passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mohs
+from mohs import Threat
+from mohs.attacks import REGISTRY
+from mohs.errors import MohsError
+from mohs.threat import Access
+
+from . import peers
+from .measure import Counted, table
+from .minimum_peers import MINIMUM
+from .robust import RobustSubject, available
+from .subjects import SEED, Options
+
+NORMS = {"linf": math.inf, "l2": 2.0, "l1": 1.0, "l0": 0.0}
+PEER_BATCH = 256
+PROBED = 16  # rows that tell what a step costs
+HEAD = ["attack", "median size", "mean size, common", "success", "passes per row", "steps", "time, s"]
+
+Run = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one attack brought: sizes [N] (inf: not found), passes per row, steps, seconds."""
+
+    size: Tensor
+    passes: float
+    steps: int
+    seconds: float
+
+    @property
+    def median(self) -> float:
+        """Of all rows, those without a success at the far end."""
+        return float(self.size.sort().values[(len(self.size) - 1) // 2])
+
+
+def run(options: Options) -> Iterator[str]:
+    """One table per net and norm."""
+    yield "## Smallest changes"
+    yield (
+        f"Each attack with as many steps as about {options.passes} passes per image allow (a forward of a row is one pass, so is a "
+        "backward to its input), found on a few rows first; DeepFool and others that end by themselves take fewer. Everything is "
+        "scored outside: the answer differs, the point lies in the box. Not found counts as infinitely far, so the median is over "
+        "all images. 'Common': over the images that every attack of the table with at least 90% success broke. Times are of one run."
+    )
+    chosen, absent = available(options.subjects, options.rows)
+    yield from absent
+    for subject in (s.correct() for s in chosen):
+        for norm in options.norms:
+            yield from _compare(subject, norm, options)
+
+
+def _compare(subject: RobustSubject, norm: str, options: Options) -> Iterator[str]:
+    found: dict[str, Found] = {}
+    failures = []
+    for name, attack in {**ours(norm, options.attacks), **_theirs(norm, options)}.items():
+        try:
+            found[name] = measured(attack, subject, NORMS[norm], options.passes)
+        except Exception as error:  # a peer may fail in any way, and so may an attack under construction
+            failures.append(f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        subject.net.zero_grad(set_to_none=True)
+    strong = [f.size for f in found.values() if float(f.size.isfinite().float().mean()) >= 0.9]
+    common = (
+        torch.stack([s.isfinite() for s in strong]).all(0) if strong else torch.zeros(len(subject.x), dtype=torch.bool)
+    )
+    rows = [_row(name, f, common) for name, f in sorted(found.items(), key=lambda item: item[1].median)]
+    options.keep("minimum", [{"net": subject.name, "norm": norm, **dict(zip(HEAD, row, strict=True))} for row in rows])
+    yield f"**{subject.name}**, {norm}, {len(subject.x)} correctly classified images:\n\n{table(HEAD, rows)}"
+    yield from failures
+
+
+def _row(name: str, f: Found, common: Tensor) -> list[object]:
+    mean = f.size[common].mean()
+    success = f"{int(f.size.isfinite().sum())}/{len(f.size)}"
+    return [
+        name, f"{f.median:.4f}", f"{float(mean):.4f}" if f.size[common].isfinite().all() else "-", success,
+        f"{f.passes:.0f}", f.steps, f"{f.seconds:.1f}",
+    ]  # fmt: skip
+
+
+def measured(attack: Run, subject: RobustSubject, norm: float, budget: int) -> Found:
+    """Run an attack with the steps that the budget of passes per row allows; everything counted, scored and timed."""
+    few = subject.take(PROBED)
+    steps = budget // 2
+    for _ in range(3):  # an attack may cost anything per step, and its start may cost as much as its steps
+        counted = Counted(subject.net)
+        attack(counted, few.x, few.y, steps)
+        passes = (counted.forwards + counted.backwards) / len(few.x)
+        if passes <= 1.05 * budget or steps == 1:
+            break
+        steps = max(1, math.floor(steps * budget / passes))
+    counted = Counted(subject.net)
+    start = time.perf_counter()
+    x = attack(counted, subject.x, subject.y, steps)
+    seconds = time.perf_counter() - start
+    passes = (counted.forwards + counted.backwards) / len(subject.x)
+    return Found(sizes(subject, x, norm), passes, steps, seconds)
+
+
+def sizes(subject: RobustSubject, x: Tensor, norm: float) -> Tensor:
+    """Sizes of the changes that work, [N], inf for the others; judged outside of whoever made them."""
+    with torch.no_grad():
+        answers = torch.cat([subject.net(part).argmax(1) for part in x.split(PEER_BATCH)])
+    flat = x.flatten(1)
+    fine = (answers != subject.y) & (flat >= 0).all(1) & (flat <= 1).all(1)
+    change = (x.double() - subject.x.double()).flatten(1)
+    size = (change != 0).sum(1).double() if norm == 0 else torch.linalg.vector_norm(change, norm, dim=1)
+    return size.masked_fill(~fine, math.inf)
+
+
+def ours(norm: str, names: tuple[str, ...] = ()) -> dict[str, Run]:
+    """Every attack of the registry that looks for the smallest change in this region, by name."""
+    threat = Threat.parse("l0-features:inf" if norm == "l0" else f"{norm}:inf")
+    return {
+        f"mohs {name}": partial(_ours, kind, threat)
+        for name, kind in REGISTRY.items()
+        if (not names or name in names) and serves(kind, threat)
+    }
+
+
+def serves(kind: Any, threat: Threat) -> bool:
+    """Can the attack run under this threat, with gradients?"""
+    try:
+        attack = kind()
+    except (TypeError, MohsError):
+        return False
+    norms = getattr(attack, "norms", None)
+    fits = norms is None or threat.region.name.removesuffix("-features") in norms
+    return fits and not (attack.finite and threat.minimum) and attack.needs >= Access.GRADIENT
+
+
+def with_steps(kind: Any, steps: int) -> Any:
+    """The attack with about this many steps in all: its field ``steps`` may count those of one phase of several."""
+    if "steps" not in {f.name for f in dataclasses.fields(kind) if f.init}:
+        return kind()
+    default = kind()
+    field = next(f.default for f in dataclasses.fields(kind) if f.name == "steps")
+    phases = default.steps / field if isinstance(field, int) else 1.0
+    return kind(steps=max(1, round(steps / phases)))
+
+
+def _ours(kind: Any, threat: Threat, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
+    return mohs.attack(with_steps(kind, steps), model, x, y, threat, seed=SEED).x
+
+
+def _theirs(norm: str, options: Options) -> dict[str, Run]:
+    found: dict[str, Run] = {}
+    for library, attacks in MINIMUM[norm].items():
+        if library in options.libraries and peers.missing(library) is None:
+            for name, attack in attacks.items():
+                found[f"{library} {name}"] = partial(_batched, attack)
+    return found
+
+
+def _batched(attack: Any, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
+    parts = zip(x.split(PEER_BATCH), y.split(PEER_BATCH), strict=True)
+    return torch.cat([attack(model, a, b, steps, SEED) for a, b in parts])
