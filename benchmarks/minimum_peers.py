@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .peers import art_classifier, load, run_art, run_foolbox, seeded
 
 MinimumAttack = Callable[[nn.Module, Tensor, Tensor, int, int], Tensor]
+LEAST = 10  # with fewer some divide by zero, in a tenth of their steps
 SEARCHES = 5  # of attacks that search for a constant in an outer loop; 9 or 20 by default, far beyond an equal budget
 WIDEST = {"linf": 1.0, "l2": 10.0, "l1": 100.0}  # upper end of the bisection over radii
 
@@ -28,7 +29,7 @@ def _adv_lib(name: str, steps_name: str, share: float = 1.0, **settings: Any) ->
 
         attack = getattr(attacks, name, None) or getattr(auto_pgd, name)
         with seeded(seed):
-            return attack(model, x, y, **{steps_name: max(1, round(steps * share))}, **settings).detach()
+            return attack(model, x, y, **{steps_name: max(LEAST, round(steps * share))}, **settings).detach()
 
     return run
 

@@ -62,14 +62,14 @@ def autoattack(subject: RobustSubject, done: Callable[[Reference], None] = lambd
     found = Reference(source, subject.eps, len(x), clean, points=x.clone())
     left, seconds = clean.clone(), 0.0
     for name, perturb in components.items():
-        start = time.perf_counter()
+        start = time.process_time()
         for rows in left.nonzero().flatten().split(BATCH):
             points = perturb(x[rows].clone(), y[rows].clone()).detach()
             wrong = _answers(counted, points) != y[rows]
             assert found.points is not None
             found.points[rows[wrong]] = points[wrong]
             left[rows[wrong]] = False
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
         found.survived[name], found.seconds[name] = left.clone(), seconds
         found.passes[name] = counted.forwards + counted.backwards
         done(found)
