@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -96,12 +97,12 @@ class Goal(Rows):
             guard = torch.where(logits[:, self.reject] > mine, self.reject, guard)
         return torch.where(self.reach, self.label, rival), torch.where(self.reach, rival, guard)
 
-    @property
+    @cached_property
     def pivot(self) -> Tensor:
         """The class whose probability a likelihood objective changes: aim or label, [B]."""
         return torch.where(self.aim >= 0, self.aim, self.label)
 
-    @property
+    @cached_property
     def sign(self) -> Tensor:
         """+1 where the pivot is to lose probability, -1 where it is to gain, float [B]."""
         return 1.0 - 2.0 * (self.reach | (self.aim >= 0)).float()
