@@ -156,15 +156,16 @@ def hyperplane(a: Array, gap: float, x: Array, box: tuple[float, float], norm: s
 def relu() -> Solved:
     """One hidden layer; the classes all occur and the box binds for some of the inputs."""
     draw = torch.Generator().manual_seed(SEED)
-    net = nn.Sequential(nn.Linear(RELU_FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, RELU_CLASSES)).double().eval()
+    first, last = nn.Linear(RELU_FEATURES, HIDDEN), nn.Linear(HIDDEN, RELU_CLASSES)
+    net = nn.Sequential(first, nn.ReLU(), last).double().eval()
     x = torch.rand(RELU_ROWS, RELU_FEATURES, generator=draw, dtype=torch.float64)
     with torch.no_grad():
-        for layer in (net[0], net[2]):
+        for layer in (first, last):
             weight = torch.randn(layer.weight.shape, generator=draw, dtype=torch.float64)
             layer.weight.copy_(weight / math.sqrt(weight.shape[1]))
-        net[0].bias.copy_(-(x @ net[0].weight.T).mean(0))
-        net[2].bias.zero_()
-        net[2].bias.copy_(-net(x).mean(0))
+        first.bias.copy_(-(x @ first.weight.T).mean(0))
+        last.bias.zero_()
+        last.bias.copy_(-net(x).mean(0))
         y = net(x).argmax(1)
 
     def best(norm: str) -> Array:

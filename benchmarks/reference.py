@@ -108,7 +108,7 @@ def _components(net: nn.Module, eps: float) -> tuple[str, dict[str, Perturb]]:
     if checkout:
         if checkout not in sys.path:
             sys.path.append(checkout)
-        from autoattack import AutoAttack  # type: ignore[import-not-found]
+        from autoattack import AutoAttack
 
         its = AutoAttack(net, norm="Linf", eps=eps, seed=0, version="standard", device="cpu", verbose=False)
         its.apgd.loss, its.fab.targeted = "ce", True

@@ -58,7 +58,7 @@ def test_peer_that_breaks_on_import_is_a_reason(monkeypatch: pytest.MonkeyPatch)
     def broken(library: str) -> None:
         raise RuntimeError("operator torchvision::nms does not exist\nand a long trace")
 
-    monkeypatch.setattr(peers, "_load", broken)
+    monkeypatch.setattr(peers, "load", broken)
     peers.missing.cache_clear()
     try:
         assert peers.missing("foolbox") == (
