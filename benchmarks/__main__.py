@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="three repeats on few images: does it run, not how fast")
     parser.add_argument("--repeats", type=_count, help="timed runs of each side (default 7)")
-    parser.add_argument("--rows", type=_count, help="images at most (default 1000)")
+    parser.add_argument("--rows", type=_count, help="images at most (default 1000; of the robust nets 256)")
     parser.add_argument("--peers", default=",".join(LIBRARIES), help="which libraries; empty for none (default: all)")
     parser.add_argument("--nets", default=",".join(BUNDLED_NETS), help="models as `mohs run` takes them")
     parser.add_argument("--data", default=BUNDLED_DATA, help="28 x 28 grey images as `mohs run` takes them")
@@ -78,8 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         attacks=_names(given.attacks), plans=_names(given.plans), passes=given.passes, aa_cache=given.aa_cache,
     )  # fmt: skip
     if given.quick:
-        options = replace(options, repeats=3, rows=64, slow_rows=4, wide_rows=32)
-    options = replace(options, repeats=given.repeats or options.repeats, rows=given.rows or options.rows)
+        options = replace(options, repeats=3, rows=64, slow_rows=4, wide_rows=32, robust_rows=16)
+    options = replace(options, repeats=given.repeats or options.repeats)
+    if given.rows:
+        options = replace(options, rows=given.rows, robust_rows=given.rows)
     if given.threads:
         torch.set_num_threads(given.threads)
 

@@ -19,7 +19,6 @@ from .measure import Counted, table
 from .robust import RobustSubject, available
 from .subjects import SEED, Options
 
-ROWS = 256
 HEAD = ["who", "component", "robust after it", "passes so far", "CPU so far, s"]
 SUMMARY = [
     "net",
@@ -65,7 +64,7 @@ class Watch:
 
 def run(options: Options) -> Iterator[str]:
     """A table per net, and one over all."""
-    rows = min(options.rows, ROWS)
+    rows = options.robust_rows
     yield "## AutoAttack"
     yield (
         f"The first {rows} test images, Linf at the radius each net was trained for. AutoAttack: version 'standard' with its own "

@@ -58,7 +58,7 @@ def run(options: Options) -> Iterator[str]:
         "all images. 'Common': over the images that every attack of the table with at least 90% success broke. "
         "Times are CPU seconds of one run."
     )
-    chosen, absent = available(options.subjects, options.rows)
+    chosen, absent = available(options.subjects, options.robust_rows)
     yield from absent
     for subject in (s.correct() for s in chosen):
         for norm in options.norms:

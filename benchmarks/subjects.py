@@ -25,12 +25,14 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Options:
-    """What a run was asked for; ``rows`` at most, ``slow_rows`` for what is too slow for all of them."""
+    """What a run was asked for; ``rows`` at most, ``slow_rows`` for what is too slow for all of them,
+    ``robust_rows`` of the robust nets."""
 
     repeats: int = 7
     rows: int = 1000
     slow_rows: int = 64
     wide_rows: int = 256
+    robust_rows: int = 256
     libraries: tuple[str, ...] = ("foolbox", "torchattacks", "art", "adv-lib")
     nets: tuple[str, ...] = BUNDLED_NETS
     data: str = BUNDLED_DATA
