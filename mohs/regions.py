@@ -330,14 +330,14 @@ class L0:
         """``l0`` or ``l0-features``."""
         return "l0-features" if self.features else "l0"
 
-    def _positions(self, v: Tensor) -> Tensor:
+    def positions(self, v: Tensor) -> Tensor:
         """[B, channels, positions]: what is counted together stands in dimension 1."""
         grouped = v.dim() == 4 and not self.features
         return v.flatten(2) if grouped else v.flatten(1).unsqueeze(1)
 
     def measure(self, x: Tensor, x0: Tensor) -> Tensor:
         """How many positions differ, [B]."""
-        return self._positions(x != x0).any(1).sum(1).to(x0.dtype)
+        return self.positions(x != x0).any(1).sum(1).to(x0.dtype)
 
     def contains(self, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
         """[B] bool: are few enough positions changed?"""
@@ -355,11 +355,19 @@ class L0:
         """L0 is no norm; raises as ``steepest`` does."""
         return self.steepest(w)
 
+    @staticmethod
+    def top(score: Tensor, eps: Tensor) -> Tensor:
+        """Which are the ``eps`` positions of highest score, [B, positions] bool; ties go to the first position."""
+        count = eps.clamp(max=score.shape[1]).long().unsqueeze(1)
+        most = max(int(count.amax()), 1) if len(count) else 1
+        last = score.topk(most, dim=1).values.gather(1, (count - 1).clamp_min_(0))  # far cheaper than to sort them all
+        above, tied = (score > last) & (count > 0), score == last
+        return above | (tied & (tied.cumsum(1) <= count - above.sum(1, keepdim=True)))
+
     def _keep(self, x: Tensor, x0: Tensor, score: Tensor, eps: Tensor) -> Tensor:
         """Undo all changes but those at the ``eps`` positions of highest score; ties go to the first position."""
-        rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        keep = (rank < eps.unsqueeze(1)).unsqueeze(1)
-        return torch.where(keep, self._positions(x), self._positions(x0)).view_as(x)
+        keep = self.top(score, eps).unsqueeze(1)
+        return torch.where(keep, self.positions(x), self.positions(x0)).view_as(x)
 
     def _finite(self, box: Box) -> None:
         if math.isinf(box[0]) or math.isinf(box[1]):
@@ -370,7 +378,7 @@ class L0:
         self._finite(box)
         best = torch.where(g > 0, box[1], box[0]).to(x0.dtype)
         best = torch.where(g == 0, x0, best)
-        gain = self._positions((best - x0) * _unit_scale(g)).sum(1)
+        gain = self.positions((best - x0) * _unit_scale(g)).sum(1)
         return self._keep(best, x0, gain, eps)
 
     def move(self, x: Tensor, g: Tensor, size: Tensor, x0: Tensor, box: Box) -> Tensor:
@@ -390,14 +398,14 @@ class L0:
     def project(self, x: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
         """The nearest point: keep the changes that would cost most to undo, given that they are clipped to the box."""
         clipped = x.clamp(*box)
-        cost = self._positions((x - x0).square() - (x - clipped).square()).sum(1)
+        cost = self.positions((x - x0).square() - (x - clipped).square()).sum(1)
         return self._keep(clipped, x0, cost, eps)
 
     def start(self, x0: Tensor, eps: Tensor, box: Box, key: Tensor) -> Tensor:
         """Random values at ``eps`` random positions."""
         self._finite(box)
         values = streams.uniform(key, tuple(x0.shape[1:]), dtype=x0.dtype).mul_(box[1] - box[0]).add_(box[0])
-        order = streams.uniform(key, (self._positions(x0).shape[2],), draw=1, dtype=torch.float64)
+        order = streams.uniform(key, (self.positions(x0).shape[2],), draw=1, dtype=torch.float64)
         return self._keep(values, x0, order, eps)
 
     def default_step(self, eps: Tensor, steps: int, box: Box) -> Tensor:

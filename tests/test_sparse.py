@@ -1,0 +1,199 @@
+"""Sparse attacks against exact counts: linear models in a box, the best pair by enumeration, channels, targets."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from core_models import Linear, conv_net, inputs, relu_net, seeded
+from torch import Tensor, nn
+
+import mohs
+from mohs import Threat
+from mohs.attacks import JSMA, SigmaZero
+from mohs.attacks.jsma import _best_pair
+from mohs.errors import ThreatError, UsageError
+
+SPARSE = [SigmaZero(steps=60), JSMA()]
+each_sparse = pytest.mark.parametrize("attack", SPARSE, ids=lambda a: type(a).__name__)
+
+
+def fewest(model: Linear, x: Tensor, goals: list[list[tuple[int, int]]], high: float = 1.0) -> Tensor:
+    """Smallest count of features: for each row the least over its (raised, lowered) pairs, features in order of gain."""
+    w, z = model.weight.detach().double(), model(x).detach().double()
+    counts = []
+    for i, pairs in enumerate(goals):
+        best = math.inf
+        for up, down in pairs:
+            d = w[:, up] - w[:, down]
+            room = torch.where(d > 0, high - x[i].double(), x[i].double())
+            gains = (d.abs() * room).sort(descending=True).values.cumsum(0)
+            gap = z[i, down] - z[i, up]
+            if gap < gains[-1] - 1e-5:
+                best = min(best, 1 + int((gains <= gap).sum()) if gap > 0 else 0)
+        counts.append(best)
+    return torch.tensor(counts)
+
+
+# --- exact on linear models -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("high", [1.0, 255.0])
+@pytest.mark.parametrize("classes", [2, 4])
+@each_sparse
+def test_the_fewest_features_of_linear_models(attack: object, classes: int, high: float) -> None:
+    model, x = Linear(30, classes, seed=1), inputs(24, 30) * high
+    y = model(x).argmax(1)
+    out = mohs.attack(attack, model, x, y, f"l0:inf in [0, {high}]")
+    exact = fewest(model, x, [[(k, int(c)) for k in range(classes) if k != c] for c in y], high)
+    assert bool((out.size >= exact).all())
+    assert out.success.eq(exact.isfinite()).all()
+    assert (out.size == exact).float().mean() > 0.9
+    assert bool((out.size <= exact + 1).all())
+
+
+@each_sparse
+def test_targets_are_reached(attack: object) -> None:
+    # one library's sigma-zero climbs away from the target, and reaches none
+    net, x = relu_net((20,)), inputs(40, 20)
+    targets = (net(x).argmax(1) + 1) % 4
+    out = mohs.attack(attack, net, x, net(x).argmax(1), "l0:inf", targets=targets)
+    assert out.success.float().mean() > 0.9
+    assert bool((net(out.x).argmax(1) == targets)[out.success].all())
+    small = Linear(20, 2, seed=3)
+    y = small(x).argmax(1)
+    reached = mohs.attack(attack, small, x, y, "l0:inf", targets=1 - y)
+    assert torch.equal(reached.size, mohs.attack(attack, small, x, y, "l0:inf").size)
+
+
+@each_sparse
+def test_small_nets_by_enumeration(attack: object) -> None:
+    net, x = relu_net((6,), classes=3), inputs(30, 6)
+    y = net(x).argmax(1)
+    out = mohs.attack(attack, net, x, y, "l0:inf")
+    corners = torch.tensor(list(itertools.product([0.0, 1.0, -1.0], repeat=6)))  # -1: as it is
+    best = torch.full((30,), math.inf)
+    for corner in corners:
+        moved = torch.where(corner >= 0, corner, x)
+        met = net(moved).argmax(1) != y
+        best = torch.where(met, torch.minimum(best, (moved != x).sum(1).float()), best)
+    assert (out.size <= best).float().mean() > 0.8
+    assert bool((out.size <= best + 1).all())
+
+
+# --- scales, channels, settings ---------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    def __init__(self, net: nn.Module, unit: float) -> None:
+        super().__init__()
+        self.net, self.unit = net, unit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.unit
+
+
+@pytest.mark.parametrize("unit", [2.0**-80, 2.0**20])
+@each_sparse
+def test_the_scale_of_the_logits_does_not_matter(attack: object, unit: float) -> None:
+    net, x = relu_net((12,)), inputs(30, 12)
+    y = net(x).argmax(1)
+    plain, scaled = (mohs.attack(attack, n, x, y, "l0:inf") for n in (net, Scaled(net, unit)))
+    assert torch.equal(plain.size, scaled.size)
+
+
+@each_sparse
+def test_a_pixel_counts_once_whatever_its_channels(attack: object) -> None:
+    net = nn.Sequential(nn.Flatten(), relu_net((75,), hidden=24))
+    x = inputs(30, 3, 5, 5)
+    y = net(x).argmax(1)
+    pixels, features = (mohs.attack(attack, net, x, y, f"{t}:inf") for t in ("l0", "l0-features"))
+    assert torch.equal(pixels.size, (pixels.x != x).any(1).flatten(1).sum(1).float())
+    assert torch.equal(features.size, (features.x != x).flatten(1).sum(1).float())
+    assert bool(pixels.success.all())
+    assert pixels.size.sum() < features.size.sum()
+
+
+@each_sparse
+def test_the_polish_never_loses(attack: object) -> None:
+    net, x = conv_net(), inputs(16, 1, 12, 12)
+    y = net(x).argmax(1)
+    kind = type(attack)
+    plain, polished = (mohs.attack(kind(steps=s, polish=p), net, x, y, "l0:inf") for s, p in ((60, 0), (120, 60)))
+    if kind is not SigmaZero:  # its schedule follows the number of steps
+        assert bool((polished.size <= plain.size).all())
+    assert polished.size.mean() < plain.size.mean()
+
+
+def test_a_row_ends_where_one_position_suffices() -> None:
+    model, x = relu_net((12,)), inputs(20, 12)
+    out = mohs.attack(SigmaZero(steps=200), model, x, model(x).argmax(1), "l0:inf")
+    assert bool((out.forwards[out.size == 1] < 200).all())
+    assert bool((out.size == 1).any())
+
+
+def test_what_is_refused() -> None:
+    net, x = relu_net((6,)), inputs(3, 6)
+    y = net(x).argmax(1)
+    for attack in SPARSE:
+        with pytest.raises(ThreatError, match="finite"):
+            mohs.attack(attack, net, x, y, "l0:inf in [-inf, inf]")
+        with pytest.raises(ThreatError, match="l0"):
+            mohs.attack(attack, net, x, y, "l2:inf")
+    for wrong in ({"steps": 0}, {"polish": -1}, {"step_size": 2.0}, {"smoothing": 0.0}, {"pace": "a"}):
+        with pytest.raises(UsageError):
+            SigmaZero(**wrong)
+    with pytest.raises(UsageError, match="neither"):
+        JSMA(increase=False, decrease=False)
+
+
+# --- JSMA -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_pair_is_the_one_of_all_pairs() -> None:
+    g = seeded(5)
+    for correlation in (-0.7, 0.0, 0.7):
+        gain = torch.randn(60, 40, generator=g, dtype=torch.float64)
+        fall = correlation * gain + torch.randn(60, 40, generator=g, dtype=torch.float64)
+        gain[:, ::3] = -math.inf  # not free to move
+        fall[:, ::3] = -math.inf
+        gains, falls = (v.unsqueeze(1) + v.unsqueeze(2) for v in (gain, fall))
+        table = torch.where((gains > 0) & (falls > 0), gains * falls, 0.0)
+        table.diagonal(dim1=1, dim2=2).zero_()
+        value, pair = _best_pair(gain, fall)
+        torch.testing.assert_close(value.squeeze(1), table.flatten(1).amax(1))
+        torch.testing.assert_close(table[torch.arange(60), pair[:, 0], pair[:, 1]], value.squeeze(1))
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_features_move_one_way_and_two_per_step(up: bool) -> None:
+    net, x = relu_net((20,)), inputs(40, 20)
+    y = net(x).argmax(1)
+    only = {"increase": up, "decrease": not up, "polish": 0}
+    out = mohs.attack(JSMA(all_rivals=True, **only), net, x, y, "l0:inf", targets=(y + 1) % 4)
+    change = (out.x - x)[out.success]
+    assert bool(((change >= 0) if up else (change <= 0)).all())
+    assert bool((out.size[out.success] % 2 == 0).all())
+    assert 0 < int(out.success.sum()) < 40  # where no pair is salient, the row ends and moves nothing
+
+
+def test_small_steps_return_to_a_feature() -> None:
+    model, x = Linear(10, 2, seed=4), 0.1 + 0.8 * inputs(20, 10)
+    y = model(x).argmax(1)
+    out = mohs.attack(JSMA(step_size=0.05, pairs=False, polish=0), model, x, y, "l0:inf")
+    far = (out.x - x).abs().amax(1)[out.success]
+    assert bool((far > 0.051).any())
+    assert bool(out.success.any())
+    assert bool((out.forwards[out.success] > out.size[out.success]).any())
+
+
+def test_the_region_itself_is_exact_without_sorting_everything() -> None:
+    score = torch.tensor([[3.0, 1.0, 3.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    x0, x = torch.zeros(2, 5), torch.ones(2, 5)
+    region = Threat.parse("l0:3").region
+    kept = region._keep(x, x0, score, torch.tensor([3.0, 2.0]))
+    assert kept.tolist() == [[1, 0, 1, 1, 0], [1, 1, 0, 0, 0]]  # ties go to the first
+    assert not region._keep(x, x0, score, torch.tensor([0.0, 0.0])).any()
+    assert region._keep(x, x0, score, torch.tensor([math.inf, 9.0])).all()
