@@ -135,23 +135,30 @@ def probability_margin(logits: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
     derivative. As 1 + v sums the probabilities but p_down, with p_up twice, the value is the difference of two
     logsumexps, and its derivative that of two softmaxes. For two classes it is the logit margin.
 
+    A class to reach that has no probability yet has no part in the derivative of v; so there the value is its
+    log-odds, log(p / (1 - p)): its logit against the logsumexp of all others.
+
     >>> value, cotangent = probability_margin(torch.tensor([[1000.0, 0.0, 0.0]]), Goal.leave(torch.tensor([0])))
     >>> round(float(value), 3), [round(c, 3) for c in cotangent[0].tolist()]
     (-999.595, [-1.0, 0.667, 0.333])
 
-    **Differs from the paper**: the increasing map applied to v; goals other than leaving a class.
+    **Differs from the paper**: the increasing map applied to v; the class to reach, which the paper does not treat.
     **Source**: Y. Xie et al., "Towards million-scale adversarial robustness evaluation with stronger individual attacks",
     CVPR 2025 (arXiv 2411.15210), the probability margin loss.
     """
     up, down = goal.contest(logits)
-    up, down = up.unsqueeze(1), down.unsqueeze(1)
-    gain = logits.scatter(1, down, logits.gather(1, up))  # the winner's logit twice, the loser's not at all
-    loss = logits.scatter(1, up, logits.gather(1, down))
+    up, down, reach = up.unsqueeze(1), down.unsqueeze(1), goal.reach.unsqueeze(1)
+    high, low = logits.gather(1, up), logits.gather(1, down)
+    gain = logits.scatter(1, down, high)  # the winner's logit twice, the loser's not at all
+    loss = logits.scatter(1, up, low)
+    gain = torch.where(reach, torch.full_like(gain, -torch.inf).scatter_(1, up, high), gain)
+    loss = torch.where(reach, logits.scatter(1, up, -torch.inf), loss)
     value = gain.logsumexp(1) - loss.logsumexp(1)
     gain, loss = gain.softmax(1), loss.softmax(1)
     cotangent = gain - loss
-    cotangent.scatter_(1, up, 2 * gain.gather(1, up)).scatter_(1, down, -2 * loss.gather(1, down))
-    return value, cotangent
+    won, lost = 2 * gain.gather(1, up), -2 * loss.gather(1, down)
+    pair = cotangent.scatter(1, up, won).scatter_(1, down, lost)
+    return value, torch.where(reach, cotangent, pair)
 
 
 def from_loss(loss: Callable[[Tensor, Goal], Tensor]) -> Objective:

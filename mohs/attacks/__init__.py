@@ -1,14 +1,18 @@
 """Attacks: one file per method, one line here per attack; contract tests, listings and docs follow from this list."""
 
 from mohs.attacks._base import Attack, State
-from mohs.attacks._ranking import by_logit
+from mohs.attacks._ranking import by_distance, by_logit
+from mohs.attacks.apgd import APGD
 from mohs.attacks.bim import BIM
 from mohs.attacks.deepfool import DeepFool
 from mohs.attacks.fgsm import FGSM
+from mohs.attacks.mifgsm import MIFGSM
+from mohs.attacks.nifgsm import NIFGSM
+from mohs.attacks.odi import ODI
 from mohs.attacks.pgd import PGD
 from mohs.attacks.run import Job, Outcome, Stop, attack
 
-REGISTRY: dict[str, type] = {a.__name__: a for a in (FGSM, BIM, PGD, DeepFool)}
+REGISTRY: dict[str, type] = {a.__name__: a for a in (FGSM, BIM, PGD, APGD, MIFGSM, NIFGSM, ODI, DeepFool)}
 """Every attack by name."""
 
-__all__ = [*REGISTRY, "REGISTRY", "Attack", "Job", "Outcome", "State", "Stop", "attack", "by_logit"]
+__all__ = [*REGISTRY, "REGISTRY", "Attack", "Job", "Outcome", "State", "Stop", "attack", "by_distance", "by_logit"]

@@ -22,6 +22,10 @@ COSTS = {  # documented cost of a row that never succeeds: steps -> (forwards, b
     "FGSM": lambda steps, classes: (2, 1),
     "BIM": lambda steps, classes: (steps + 1, steps),
     "PGD": lambda steps, classes: (steps + 1, steps),
+    "APGD": lambda steps, classes: (steps + 1, steps),
+    "MIFGSM": lambda steps, classes: (steps + 1, steps),
+    "NIFGSM": lambda steps, classes: (steps + 1, steps),
+    "ODI": lambda steps, classes: (steps + 1, steps),
     "DeepFool": lambda steps, classes: (steps + 1, classes - 1 + (steps - 1) * min(3, classes - 1)),
 }
 
