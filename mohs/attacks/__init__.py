@@ -2,17 +2,24 @@
 
 from mohs.attacks._base import Attack, State
 from mohs.attacks._ranking import by_distance, by_logit
+from mohs.attacks.alma import ALMA
 from mohs.attacks.apgd import APGD
 from mohs.attacks.bim import BIM
+from mohs.attacks.ddn import DDN
 from mohs.attacks.deepfool import DeepFool
 from mohs.attacks.fgsm import FGSM
+from mohs.attacks.fmn import FMN
 from mohs.attacks.mifgsm import MIFGSM
 from mohs.attacks.nifgsm import NIFGSM
 from mohs.attacks.odi import ODI
+from mohs.attacks.pdgd import PDGD
+from mohs.attacks.pdpgd import PDPGD
 from mohs.attacks.pgd import PGD
 from mohs.attacks.run import Job, Outcome, Stop, attack
+from mohs.attacks.superdeepfool import SuperDeepFool
+from mohs.attacks.trust_region import TrustRegion
 
-REGISTRY: dict[str, type] = {a.__name__: a for a in (FGSM, BIM, PGD, APGD, MIFGSM, NIFGSM, ODI, DeepFool)}
+REGISTRY: dict[str, type] = {a.__name__: a for a in (FGSM, BIM, PGD, APGD, MIFGSM, NIFGSM, ODI, DeepFool, DDN, FMN, PDGD, PDPGD, SuperDeepFool, ALMA, TrustRegion)}
 """Every attack by name."""
 
 __all__ = [*REGISTRY, "REGISTRY", "Attack", "Job", "Outcome", "State", "Stop", "attack", "by_distance", "by_logit"]

@@ -27,6 +27,13 @@ COSTS = {  # documented cost of a row that never succeeds: steps -> (forwards, b
     "NIFGSM": lambda steps, classes: (steps + 1, steps),
     "ODI": lambda steps, classes: (steps + 1, steps),
     "DeepFool": lambda steps, classes: (steps + 1, classes - 1 + (steps - 1) * min(3, classes - 1)),
+    "DDN": lambda steps, classes: (steps + 1, steps),
+    "FMN": lambda steps, classes: (steps + 1, steps),
+    "PDGD": lambda steps, classes: (steps + 1, steps),
+    "PDPGD": lambda steps, classes: (steps + 1, steps),
+    "SuperDeepFool": lambda steps, classes: (steps + 1, steps + min(10, classes - 1)),
+    "ALMA": lambda steps, classes: (steps + 1, steps),
+    "TrustRegion": lambda steps, classes: (steps + 1, steps + min(9, classes - 1)),
 }
 
 

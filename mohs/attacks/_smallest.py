@@ -1,0 +1,100 @@
+"""What the searches for the smallest change share: how far to begin, how far to go at most, and when nothing is left to gain."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mohs.errors import UsageError
+from mohs.problem import Problem
+from mohs.regions import per_row
+from mohs.target import View, rounding
+
+
+def reach(problem: Problem) -> Tensor:
+    """[B]: the largest size worth trying, the row's radius or the way to the farthest corner of the box."""
+    x0, (low, high) = problem.x0, problem.threat.box
+    corner = torch.where(x0 - low > high - x0, low, high)
+    return torch.minimum(problem.threat.region.measure(corner, x0), problem.eps)
+
+
+def distance(problem: Problem, gap: Tensor, g: Tensor) -> Tensor:
+    """[B]: how far away the linearised boundary is, |gap| over the dual norm of the margin's gradient; 0 without a gradient."""
+    dual = problem.threat.region.dual(g)
+    far = gap.abs() / dual
+    return torch.where((dual > 0) & far.isfinite(), far, 0.0)
+
+
+def free(g: Tensor, x: Tensor, box: tuple[float, float]) -> Tensor:
+    """The gradient without the coordinates that the box does not let follow it."""
+    if math.isinf(box[0]) and math.isinf(box[1]):
+        return g
+    return g.masked_fill(((x >= box[1]) & (g > 0)) | ((x <= box[0]) & (g < 0)), 0.0)
+
+
+def unit(g: Tensor) -> Tensor:
+    """Each row over its Euclidean norm; zero for zero."""
+    scaled = g / per_row(g.abs().flatten(1).amax(1).clamp_min_(torch.finfo(g.dtype).tiny), g)
+    return scaled.div_(per_row(torch.linalg.vector_norm(scaled.flatten(1), dim=1).clamp_min_(0.5), g))
+
+
+def nearest_rival(problem: Problem, view: View, count: int) -> Tensor:
+    """[B]: of the ``count`` highest other logits the class of nearest linearised boundary; a backward for each.
+
+    Rows with a class to reach or to aim at have no choice: -1, as for rows without a gradient.
+    """
+    goal, logits = problem.goal, view.logits
+    label = goal.label.unsqueeze(1)
+    rival, least = torch.full_like(goal.label, -1), torch.full_like(problem.eps, math.inf)
+    if bool((goal.reach | (goal.aim >= 0)).any()):
+        return rival
+    classes = logits.scatter(1, label, -math.inf).topk(min(count, logits.shape[1] - 1), dim=1).indices
+    for c in classes.split(1, dim=1):
+        cotangent = torch.zeros_like(logits).scatter_(1, label, -1.0).scatter_(1, c, 1.0)
+        dual = problem.threat.region.dual(view.pull(cotangent, keep=True))
+        gap = (logits.gather(1, label) - logits.gather(1, c)).squeeze(1)
+        near = torch.where(gap < 0, gap, gap / dual)  # a class that has won comes first
+        closer = near < least
+        rival, least = torch.where(closer, c.squeeze(1), rival), torch.where(closer, near, least)
+    return rival
+
+
+def towards(problem: Problem, view: View, rival: Tensor) -> tuple[Tensor, Tensor]:
+    """(margin, its gradient): of ``rival`` [B] until a row first met its goal, else (or at -1) of the strongest rival."""
+    raised, lowered = problem.goal.contest(view.logits)
+    raised = torch.where((rival >= 0) & ~problem.found.met & ~view.met, rival, raised).unsqueeze(1)
+    lowered = lowered.unsqueeze(1)
+    cotangent = torch.zeros_like(view.logits).scatter_(1, lowered, -1.0).scatter_(1, raised, 1.0)
+    value = (view.logits.gather(1, raised) - view.logits.gather(1, lowered)).squeeze(1)
+    return value - problem.goal.confidence, view.pull(cotangent)
+
+
+def onto_boundary(problem: Problem, view: View, x: Tensor, value: Tensor, w: Tensor) -> Tensor:
+    """The point of the linearised boundary in the box that is nearest to ``x``, or, once across, nearest to the clean input.
+
+    The boundary is {z: value + <w, z - x> = 0}, and just beyond the rounding of the logits.
+    """
+    base = torch.where(per_row(view.met, x), problem.x0, x)
+    gap = 2 * rounding(view.logits) - value + (w * (x - base)).flatten(1).sum(1)
+    return problem.threat.region.shortest(w, gap, base, problem.threat.box).add_(base)
+
+
+def nothing_left(problem: Problem) -> Tensor | None:
+    """[B]: rows whose clean input meets the goal, where the smallest change is asked for."""
+    return problem.found.met & (problem.found.score >= 0) if problem.threat.minimum else None
+
+
+def check_settings(name: str, steps: int, **positive: float) -> None:
+    """A whole number of steps and positive finite numbers, or a UsageError that names what is wrong."""
+    if not isinstance(steps, int) or steps < 1:
+        raise UsageError(f"{name}'s steps must be a whole number >= 1; got {steps!r}.")
+    for what, value in positive.items():
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise UsageError(f"{name}'s {what} must be a finite number above 0; got {value!r}.")
+
+
+def cosine(first: float, last: float, share: float) -> float:
+    """From ``first`` to ``last`` along half a cosine, at ``share`` of the way."""
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
