@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mohs
 from mohs import Threat
-from mohs.attacks import JSMA, SigmaZero
+from mohs.attacks import JSMA, SPGD, SigmaZero, SparseFool
 from mohs.attacks.jsma import _best_pair
 from mohs.errors import ThreatError, UsageError
 
@@ -197,3 +197,41 @@ def test_the_region_itself_is_exact_without_sorting_everything() -> None:
     assert kept.tolist() == [[1, 0, 1, 1, 0], [1, 1, 0, 0, 0]]  # ties go to the first
     assert not region._keep(x, x0, score, torch.tensor([0.0, 0.0])).any()
     assert region._keep(x, x0, score, torch.tensor([math.inf, 9.0])).all()
+
+
+# --- SparseFool and SPGD ----------------------------------------------------------------------------------------------
+
+
+def test_sparsefool_crosses_every_linear_boundary_and_its_plane_is_controlled() -> None:
+    model, x = Linear(30, 2, seed=1), inputs(24, 30)
+    y = model(x).argmax(1)
+    near, far = (mohs.attack(SparseFool(control=c, polish=0), model, x, y, "l0:inf") for c in (1.0, 3.0))
+    exact = fewest(model, x, [[(1 - int(c), int(c))] for c in y])
+    assert bool(near.success.all())
+    assert bool(far.success.all())
+    assert near.size.mean() < far.size.mean()
+    polished = mohs.attack(SparseFool(), model, x, y, "l0:inf")
+    assert (polished.size == exact).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_spgd_stays_within_its_positions_and_finds_what_linear_models_allow(projected: bool) -> None:
+    model, x = Linear(12, 2, seed=1), inputs(40, 12)
+    y = model(x).argmax(1)
+    exact = fewest(model, x, [[(1 - int(c), int(c))] for c in y])
+    for eps in (1, 2, 3):
+        out = mohs.attack(SPGD(steps=60, projected=projected), model, x, y, f"l0:{eps}", stop=mohs.Stop.BUDGET)
+        assert bool(((out.x != x).sum(1) <= eps).all())
+        assert not bool((out.success & (exact > eps)).any())
+        can = exact <= eps
+        assert out.success[can].float().mean() > 0.8 or not can.any()
+
+
+def test_spgd_begins_where_it_is_told() -> None:
+    model, x = Linear(12, 2, seed=1), inputs(8, 12)
+    start = x.clone()
+    start[:, 4] = 1 - start[:, 4].round()
+    attack, y = SPGD(steps=1), model(x).argmax(1)
+    out = mohs.attack(attack, model, x, y, "l0:1", start=start, trace=True)
+    first = nn.functional.cross_entropy(model(start), y, reduction="none")
+    torch.testing.assert_close(out.trace[:, 0, 0], first.detach())

@@ -9,6 +9,7 @@ from mohs.attacks.ddn import DDN
 from mohs.attacks.deepfool import DeepFool
 from mohs.attacks.fgsm import FGSM
 from mohs.attacks.fmn import FMN
+from mohs.attacks.jsma import JSMA
 from mohs.attacks.mifgsm import MIFGSM
 from mohs.attacks.nifgsm import NIFGSM
 from mohs.attacks.odi import ODI
@@ -16,10 +17,36 @@ from mohs.attacks.pdgd import PDGD
 from mohs.attacks.pdpgd import PDPGD
 from mohs.attacks.pgd import PGD
 from mohs.attacks.run import Job, Outcome, Stop, attack
+from mohs.attacks.sigma_zero import SigmaZero
+from mohs.attacks.sparsefool import SparseFool
+from mohs.attacks.spgd import SPGD
 from mohs.attacks.superdeepfool import SuperDeepFool
 from mohs.attacks.trust_region import TrustRegion
 
-REGISTRY: dict[str, type] = {a.__name__: a for a in (FGSM, BIM, PGD, APGD, MIFGSM, NIFGSM, ODI, DeepFool, DDN, FMN, PDGD, PDPGD, SuperDeepFool, ALMA, TrustRegion)}
+REGISTRY: dict[str, type] = {
+    a.__name__: a
+    for a in (
+        FGSM,
+        BIM,
+        PGD,
+        APGD,
+        MIFGSM,
+        NIFGSM,
+        ODI,
+        DeepFool,
+        DDN,
+        FMN,
+        PDGD,
+        PDPGD,
+        SuperDeepFool,
+        ALMA,
+        TrustRegion,
+        SigmaZero,
+        JSMA,
+        SparseFool,
+        SPGD,
+    )
+}
 """Every attack by name."""
 
 __all__ = [*REGISTRY, "REGISTRY", "Attack", "Job", "Outcome", "State", "Stop", "attack", "by_distance", "by_logit"]

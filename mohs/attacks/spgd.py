@@ -22,7 +22,7 @@ from mohs.threat import Access
 @dataclass(kw_only=True)
 class SPGDState(State):
     """``change`` [B, ...]: the dense change; ``mask`` [B, positions]: how much each position is wanted, before the sigmoid;
-    ``chosen`` [B, positions]: the positions of the last point; ``stale`` [B]: steps since they last changed."""
+    ``chosen`` [B, positions]: the positions of the last point; ``stale`` [B]: steps in which they stood still."""
 
     change: Tensor
     mask: Tensor
@@ -40,7 +40,7 @@ class SPGD:
         m = m + mask_step * sqrt(inputs) * d / ||d||,    d = <g, p> * sigmoid'(m)   (summed over channels)
         p = clip(p + step_size * sign(g))                     [unprojected]
         p = clip(p + step_size * sign(g) * top(m))            [projected]
-        draw m again where top(m) has not changed for ``patience`` steps
+        draw m again where top(m) has stood still in ``patience`` steps
 
     The mask remembers what PGD on L0 forgets whenever it projects. The two gradients fail on different inputs: the
     unprojected one is the stronger, run both. Give it restarts and steps; it fails where gradients are masked.
@@ -50,7 +50,7 @@ class SPGD:
         step_size: step of the change, in box widths.
         mask_step: step of the mask over the root of the number of inputs.
         projected: move only the positions chosen.
-        patience: steps without a change of positions before the mask is drawn again.
+        patience: steps in which the positions stood still, counted since the last draw, before the mask is drawn again.
         random_start: draw change and mask at first, else begin at zero.
         objective: what to climb.
 
@@ -64,7 +64,8 @@ class SPGD:
     (True, 1.0)
 
     **Differs from the paper**: lengths in box widths; the sign of the unprojected gradient is that of g, as the sigmoid is
-    positive; a mask drawn again belongs to the row whose positions stood still.
+    positive; a mask drawn again belongs to the row whose positions
+    stood still, and the steps need not be consecutive (as the authors' code counts).
     **Source**: X. Zhong, Y. Huang, C. Liu, "Towards efficient training and evaluation of robust models against l0 bounded
     adversarial perturbations", ICML 2024 (arXiv 2405.05075), algorithm 1, equations 4 to 8.
     """
@@ -123,7 +124,7 @@ class SPGD:
         change = step.add_(state.change).add_(x0).clamp_(low, high).sub_(x0)
 
         x, chosen = self._point(problem, change, mask)
-        stale = torch.where((chosen == state.chosen).all(1), state.stale + 1, 0)
+        stale = state.stale + (chosen == state.chosen).all(1)
         stuck = stale >= self.patience
         if bool((stuck & ~problem.found.settled).any()):
             fresh = streams.normal(problem.key, tuple(mask.shape[1:]), draw=k + 2, dtype=mask.dtype)

@@ -39,6 +39,15 @@ def some_threat(name: str) -> str:
     return norms(name)[0]
 
 
+def serves(name: str, threat: str) -> bool:
+    return refused_norm(REGISTRY[name], Threat.parse(threat)) is None
+
+
+def first_served(name: str, *threats: str) -> str:
+    """The first of the threats that the attack serves."""
+    return next(t for t in threats if serves(name, t))
+
+
 def same(a: Outcome, b: Outcome, index: Tensor | None = None) -> None:
     """Equal to the bit, where b ran the rows ``index`` of a."""
     for field in ("x", "success", "size", "margin", "restart", "forwards", "backwards", "queries"):

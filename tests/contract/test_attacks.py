@@ -9,7 +9,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from cases import each_attack, each_case, make, norms, same, some_threat
+from cases import each_attack, each_case, first_served, make, norms, same, some_threat
 from core_models import Counting, Linear, conv_net, inputs, relu_net
 from torch import Tensor, nn
 
@@ -27,6 +27,10 @@ COSTS = {  # documented cost of a row that never succeeds: steps -> (forwards, b
     "NIFGSM": lambda steps, classes: (steps + 1, steps),
     "ODI": lambda steps, classes: (steps + 1, steps),
     "DeepFool": lambda steps, classes: (steps + 1, classes - 1 + (steps - 1) * min(3, classes - 1)),
+    "FAB": lambda steps, classes: (steps + 1, classes - 1 + (steps - 1) * min(3, classes - 1)),
+    "Square": lambda steps, classes: (steps + 1, 0),
+    "SigmaZero": lambda steps, classes: (steps + 1, steps),
+    "JSMA": lambda steps, classes: (steps + 1, steps * min(2, classes - 1)),
     "DDN": lambda steps, classes: (steps + 1, steps),
     "FMN": lambda steps, classes: (steps + 1, steps),
     "PDGD": lambda steps, classes: (steps + 1, steps),
@@ -34,6 +38,8 @@ COSTS = {  # documented cost of a row that never succeeds: steps -> (forwards, b
     "SuperDeepFool": lambda steps, classes: (steps + 1, steps + min(10, classes - 1)),
     "ALMA": lambda steps, classes: (steps + 1, steps),
     "TrustRegion": lambda steps, classes: (steps + 1, steps + min(9, classes - 1)),
+    "SparseFool": lambda steps, classes: (steps + 1, steps),
+    "SPGD": lambda steps, classes: (steps + 1, steps),
 }
 
 
@@ -179,11 +185,16 @@ def test_counters_equal_the_documented_cost(name: str, classes: int) -> None:
     with torch.no_grad():
         net[-1].bias[0] += 50.0  # nothing succeeds
     model = Counting(net)
-    out = mohs.attack(make(name), model, inputs(5, 6), y, "linf:0.01", batch=8)
+    threat = first_served(name, "linf:0.01", "l2:0.02", "l1:0.05", "l0:1")
+    out = mohs.attack(make(name), model, inputs(5, 6), y, threat, batch=8)
     assert not out.success.any()
     forwards, backwards = COSTS[name](make(name).steps, classes)
-    assert out.forwards.tolist() == out.queries.tolist() == [forwards] * 5
-    if name == "DeepFool":  # its cost is a limit: classes that cannot be the nearest are not linearised
+    assert torch.equal(out.forwards, out.queries)
+    if name in ("JSMA", "SparseFool"):  # a row that has no feature left to move ends
+        assert max(out.forwards.tolist()) <= forwards
+    else:
+        assert out.forwards.tolist() == [forwards] * 5
+    if name in ("DeepFool", "JSMA", "SparseFool"):  # a limit: classes that cannot be the nearest are not linearised
         assert max(out.backwards.tolist()) <= backwards
         assert (model.forwards, model.backwards) <= (forwards, backwards)
         assert int(out.backwards.max()) <= model.backwards <= int(out.backwards.sum())
@@ -223,8 +234,11 @@ def test_a_larger_radius_never_loses_a_success_on_a_linear_model(name: str) -> N
     net, x = Linear(8, 3), inputs(64, 8)
     y = net(x).argmax(1)
     before = torch.zeros(64, dtype=torch.bool)
+    norm = first_served(name, "linf:1", "l2:1", "l1:1", "l0:1").split(":")[0]
     for eps in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
-        now = mohs.attack(make(name, random_start=False), net, x, y, f"linf:{eps}").success
+        now = mohs.attack(
+            make(name, random_start=False), net, x, y, f"{norm}:{round(8 * eps) if norm == 'l0' else eps}"
+        ).success
         assert bool((now | ~before).all())
         before = now
     assert bool(before.any())
