@@ -52,7 +52,7 @@ def deepfool(options: Options) -> Iterator[str]:
         yield f"## DeepFool, {form}"
         yield (
             f"At most {DEEPFOOL_STEPS} steps, overshoot 0.02, all classes. 'revisit=10' linearises every class at every step, "
-            f"as the paper does; the default only the 3 nearest after the first step. {COMMON}"
+            f"as the paper does; the default only the 4 nearest after the first step. {COMMON}"
         )
         for subject in subjects(options):
             quick = {name: attack for name, attack in peers.items() if name not in SLOW_DEEPFOOL}

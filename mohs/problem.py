@@ -161,7 +161,8 @@ class Problem(Rows):
         eps: radius per row [B]; infinite where the smallest change is asked for.
         goal: what to achieve.
         key: random stream of each row, int64 [B].
-        example, number: which example, and which of its rows (restart or aim) this is, int64 [B].
+        example, number: which example, and which of its rows this is, int64 [B].
+        restart: which of the tries at the example (and at the aim, if there are aims), int64 [B].
         found: the target's notes.
         warm: where the caller wants the rows to begin [B, ...], inside region and box; None: the attack decides.
     """
@@ -174,6 +175,7 @@ class Problem(Rows):
     key: Tensor
     example: Tensor
     number: Tensor
+    restart: Tensor
     found: Findings
     warm: Tensor | None = None
 

@@ -202,7 +202,7 @@ def problem(norm: str, x0: Tensor) -> Problem:
     zero = torch.zeros(rows, dtype=torch.int64)
     threat = Threat.parse(f"{norm}:inf")
     eps = x0.new_full((rows,), math.inf)
-    return Problem(Target(nn.Identity()), threat, x0, eps, Goal.leave(zero), zero, zero, zero, Findings.none(x0))
+    return Problem(Target(nn.Identity()), threat, x0, eps, Goal.leave(zero), zero, zero, zero, zero, Findings.none(x0))
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2", "linf"])

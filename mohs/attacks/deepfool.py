@@ -27,13 +27,15 @@ SPREAD = 4.0
 class DeepFoolState(State):
     """``classes`` [B, c]: the candidates; ``norm`` [B, c]: the dual gradient norm of each when last linearised;
     ``gap`` [B]: logits to the nearest boundary at the last step, ``first`` [B]: at the first one; ``push`` [B]: logits to
-    go beyond it; ``polished`` [B]: projections since the boundary was crossed."""
+    go beyond it; ``eaten`` [B]: did the box take nearly all of the last step; ``polished`` [B]: projections since the boundary
+    was crossed."""
 
     classes: Tensor | None = None
     norm: Tensor | None = None
     gap: Tensor | None = None
     first: Tensor | None = None
     push: Tensor | None = None
+    eaten: Tensor | None = None
     polished: Tensor | None = None
 
 
@@ -83,7 +85,7 @@ class DeepFool:
     steps: int = 50
     overshoot: float = 0.02
     candidates: int = 10
-    revisit: int = 3
+    revisit: int = 4
     polish: int = 1
     needs: ClassVar[Access] = Access.GRADIENT
     finite: ClassVar[bool] = False
@@ -109,30 +111,32 @@ class DeepFool:
         view = problem.linearize(x)
         logits = view.logits
         classes, norm, last, first = state.classes, state.norm, state.gap, state.first
-        push, polished = state.push, state.polished
-        if classes is None or norm is None or last is None or first is None or push is None or polished is None:
+        push, eaten, polished = state.push, state.eaten, state.polished
+        if k == 0 or classes is None or norm is None or last is None or first is None or push is None:
             classes = self._candidates(problem, view)
             norm = torch.zeros_like(classes, dtype=x.dtype)
             last = first = torch.full_like(logits[:, 0], math.inf)
             push, polished = 2 * rounding(logits), torch.zeros_like(problem.goal.label)
+            eaten = torch.zeros_like(problem.found.met)
         raised, lowered = _pairs(problem, view, classes)
         lead = logits.gather(1, lowered) - logits.gather(1, raised)
         lead.masked_fill_(
             raised == lowered, math.inf
         )  # where other logits are -inf, the label may be among its own rivals
         gap = lead.clamp_min(0.0)
-        # A step that gained nothing: the box has eaten it, or it was below the resolution of x
+        # A step that gained nothing: the box has eaten it, or it was below the resolution of x, or the model is that curved
         stuck = gap.amin(1) >= last
         last = gap.amin(1)
         first = last if k == 0 else first
         push = torch.where(stuck, 2 * push, 2 * rounding(logits))
-        exact = stuck | (last < FINAL * first)
+        final = last < FINAL * first
+        exact = (stuck & eaten) | final
         gap = gap + push.unsqueeze(1)
         likely = torch.where(norm > 0, norm, norm.amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
         estimate = torch.where(lead < 0, lead, gap / likely)  # a class that has won comes first
         order = estimate.argsort(dim=1, stable=True)
         visits = classes.shape[1] if k == 0 else min(self.revisit, classes.shape[1])
-        seeking = ~(problem.found.settled | view.met | (polished > 0))
+        seeking = ~(problem.found.settled | view.met | (polished > 0) | final)
 
         nearest = torch.full_like(push, math.inf)
         best = torch.zeros_like(x)
@@ -167,8 +171,12 @@ class DeepFool:
             x0, w = problem.x0[rows], steep[rows]
             gain = (w * (x[rows] - x0)).flatten(1).sum(1) + lead.gather(1, order[:, :1]).squeeze(1)[rows]
             moved[rows] = x0 + (1 + self.overshoot) * region.shortest(w, gain, x0, box)
+        moved.clamp_(*box)
+        # the true gain is no longer known here, but how much of the step is left is
+        wanted = (nearest * region.dual(best)).masked_fill(lost, 0.0)
+        eaten = (best * (moved - x)).flatten(1).sum(1) < FINAL * wanted
         done = (view.met & ~across) | (~view.met & (polished > 0)) | lost
-        return DeepFoolState(moved.clamp_(*box), done, classes, norm, last, first, push, polished + across)
+        return DeepFoolState(moved, done, classes, norm, last, first, push, eaten, polished + across)
 
     def _candidates(self, problem: Problem, view: View) -> Tensor:
         """Rivals of highest logit, [B, c]; one of them where the row has a class to reach or to aim at."""

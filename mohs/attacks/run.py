@@ -22,7 +22,7 @@ from mohs import streams
 from mohs.attacks._base import Attack
 from mohs.attacks._inputs import check_inputs, check_mode, check_start
 from mohs.attacks._outcome import Outcome, Stop
-from mohs.attacks._quiet import QuietGenerators
+from mohs.attacks._quiet import QuietGenerators, keep_memory
 from mohs.attacks._ranking import Ranking, by_logit
 from mohs.errors import AccessError, ThreatError, UsageError
 from mohs.problem import Findings, Goal, Problem
@@ -33,9 +33,11 @@ WAVE = 8
 """Batches per wave: enough to fill holes, few enough that the wave's rows stay in memory."""
 
 
-def usual_batch(device: torch.device) -> int:
-    """Physical batch size where none is asked for: small batches leave small holes, but a GPU wants to be filled."""
-    return 128 if device.type == "cpu" else 256
+def usual_batch(x: Tensor) -> int:
+    """Physical batch size where none is asked for: up to 256 rows, fewer where the inputs [N, ...] are large."""
+    values = 1 << (20 if x.device.type == "cpu" else 25)
+    rows = values // max(x[0].numel() if len(x) else 1, 1)
+    return min(256, max(8, 1 << (max(rows, 1).bit_length() - 1)))
 
 
 def refused_norm(attack: Attack | type, threat: Threat) -> str | None:
@@ -86,8 +88,8 @@ def attack(
         confidence: by how many logits the wrong answer must win to count.
         start: points [N, ...] to begin from, such as an earlier outcome's ``x``; they are brought into region and box.
         seed: of the random streams; the global generators are not touched.
-        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 128 on
-            a CPU, 256 elsewhere, or the next power of two for fewer rows.
+        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 256,
+            fewer for large inputs, or the next power of two for fewer rows.
         stop: when a row ends; default: at the first success at a finite radius, else when the budget is spent.
         trace: keep the objective at every look (implies that the budget is spent).
         guide: a differentiable stand-in that gives the gradients; successes are confirmed on ``model``.
@@ -171,7 +173,7 @@ class Job:
             raise UsageError(
                 "stop=Stop.SUCCESS contradicts a trace or an infinite radius, which spend the whole budget."
             )
-        self.batch = batch or min(usual_batch(x.device), 1 << max(0, (len(x) * self.rows - 1).bit_length()))
+        self.batch = batch or min(usual_batch(x), 1 << max(0, (len(x) * self.rows - 1).bit_length()))
         count = (len(x), self.rows)
         self.finished = torch.zeros(count, dtype=torch.bool, device=x.device)
         self.emitted = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -190,6 +192,8 @@ class Job:
 
     def run(self) -> Iterator[Tensor]:
         """Run everything; yields the indices of examples whose answer has just become final."""
+        if self.x.device.type == "cpu":
+            keep_memory()
         if self.aims and len(self.x):
             self.ranked = self._rank_classes()
         # every example's first row before anybody's second, a slab of examples at a time: what is finished early is safe early
@@ -256,11 +260,12 @@ class Job:
         else:
             aim = None if self.ranked is None else self.ranked[example, number % self.aims]
             goal = Goal.leave(self.y[example], aim, confidence=self.confidence)
-        key, eps = streams.derive(self.key[example], number // max(self.aims, 1)), self.eps[example]
+        restart, eps = number // max(self.aims, 1), self.eps[example]
+        key = streams.derive(self.key[example], restart)
         warm = None
         if self.start is not None:
             warm = self.threat.region.project(self.start[example].to(x0), x0, eps, self.threat.box)
-        return Problem(self.target, self.threat, x0, eps, goal, key, example, number, Findings.none(x0), warm)
+        return Problem(self.target, self.threat, x0, eps, goal, key, example, number, restart, Findings.none(x0), warm)
 
     def _padded(self, problem: Problem) -> Problem:
         """Fill up to the physical batch with settled copies of the last row: every pass has the same shape."""

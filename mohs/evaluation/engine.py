@@ -70,7 +70,8 @@ def evaluate(
             that lives as long as the returned record.
         certificates: such as ``[mohs.certificates.CROWN()]``.
         seed: of all randomness; the global generators are not touched.
-        batch: physical batch size; results are bit-identical for equal ``batch``. Default: 128 on a CPU, else 256.
+        batch: physical batch size; results are bit-identical for equal ``batch``. Default: 256,
+            fewer for large inputs.
         stated_accuracy: clean accuracy the model is said to have, checked against the measured one.
         subject, command: how model and run are named in the record.
         notify: progress, see ``Notify``.
@@ -104,7 +105,7 @@ def evaluate(
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), data.x.device)
     x, y = ((t.clone() if t.is_inference() else t).to(device) for t in data)
     check_inputs(x, y, threat, batch=batch)
-    batch = batch or usual_batch(device)
+    batch = batch or usual_batch(x)
     plan, claim = load_plan(plan), None if claim is None else claims.Claim.parse(claim)
     with untouched(model, seed):  # so that a model that changes while it is looked at is given back as it was
         run = _Evaluation(model, data, x, y, threat, plan, claim, list(certificates), seed, batch, notify)

@@ -240,7 +240,7 @@ class _Line:
             x0 = x[index].detach()
             zero = torch.zeros_like(index)
             problem = Problem(
-                target, threat, x0, x0.new_zeros(batch), Goal.leave(y[index]), streams.content_keys(x0), index, zero,
+                target, threat, x0, x0.new_zeros(batch), Goal.leave(y[index]), streams.content_keys(x0), index, zero, zero,
                 Findings.none(x0),
             )  # fmt: skip
             problem.found.settled[len(rows) :] = True  # padding
