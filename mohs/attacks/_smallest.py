@@ -56,7 +56,7 @@ def nearest_rival(problem: Problem, view: View, count: int) -> Tensor:
         dual = problem.threat.region.dual(view.pull(cotangent, keep=True))
         gap = (logits.gather(1, label) - logits.gather(1, c)).squeeze(1)
         near = torch.where(gap < 0, gap, gap / dual)  # a class that has won comes first
-        closer = near < least
+        closer = (near < least) & (c != label).squeeze(1)  # the label itself is among them where other logits are -inf
         rival, least = torch.where(closer, c.squeeze(1), rival), torch.where(closer, near, least)
     return rival
 
