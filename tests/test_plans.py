@@ -172,7 +172,7 @@ class TestFile:
             ('[[attack]]\nuse = "PGD"\nwith = { steps = true }', "steps must be of type int"),
             ('[[attack]]\nuse = "PGD"\nwith = { step_size = true }', "step_size must be of type float"),
             ('[[attack]]\nuse = "PGD"\nwith = { random_start = 1 }', "random_start must be of type bool"),
-            ('[[attack]]\nuse = "PGD"\nwith = { objective = "hinge" }', "one of cross_entropy, margin; got 'hinge'"),
+            ('[[attack]]\nuse = "PGD"\nwith = { objective = "hinge" }', "one of cross_entropy, margin, dlr, probability_margin; got 'hinge'"),
             ('[[attack]]\nuse = "PGD"\nwith = { objective = ["margin"] }', "one of cross_entropy, margin"),
             ('[[attack]]\nuse = "PGD"\nwith = { steps = 0 }', "PGD in a plan: steps must be a whole number >= 1"),
             ('[[attack]]\nuse = "DeepFool"\nwith = { overshoot = -1.0 }', "overshoot must be >= 0"),

@@ -56,7 +56,15 @@ def of_run(
 ) -> records.Header:  # fmt: skip
     """Everything known before the first attack; its identity is what the results depend on."""
     parts = [
-        records.Step(name=s.name, config=repr(a), restarts=s.restarts, targets=aims(s, classes) or None)
+        records.Step(
+            name=s.name,
+            config=repr(a),
+            restarts=s.restarts,
+            targets=aims(s, classes) or None,
+            rank=s.rank,
+            start=s.start,
+            share=s.share,
+        )
         for s, a in steps
     ]
     identity = records.identity_of(
@@ -102,7 +110,9 @@ def attacks(record: records.Record, steps: Steps, seconds: dict[int, float]) -> 
         rows = record.results(index)
         broke = np.zeros(record.n, dtype=bool)
         broke[rows.example[rows.success]] = True
-        given = int(alive.sum())
+        ran = np.zeros(record.n, dtype=bool)
+        ran[rows.example] = True
+        given = int((alive & ran).sum())
         newly = int((alive & broke).sum())
         alive &= ~broke
         summaries.append(

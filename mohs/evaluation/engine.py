@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs import records, streams
-from mohs.attacks import Job, Outcome
+from mohs.attacks import Job, Outcome, by_distance, by_logit
 from mohs.attacks._inputs import check_inputs
 from mohs.attacks.run import usual_batch
 from mohs.data import Dataset
@@ -211,6 +211,7 @@ class _Evaluation:
             self._loss_curves()
             run.update(curve=self._curve())
             findings = findings + self._changed()
+        run.ledger.drop_nearest()
         record = run.record()
         run.finish(
             limits=list(dict.fromkeys([*self.plan.skipped(self.threat), *run.header.limits])), checks=findings,
@@ -259,23 +260,39 @@ class _Evaluation:
         """One attack on whoever is still right, and on the control subset."""
         record = self.run.record()
         earlier = (record.breaker >= 0) & (record.breaker < index)
-        wanted = record.correct & (~earlier | record.examples.control)
+        alive, margin = record.correct & ~earlier, _margins(record, index)
+        order = np.lexsort((np.arange(record.n), -margin))  # nearest to breaking first
+        order = order[alive[order]]
+        wanted = record.correct & record.examples.control
+        wanted[order[: math.ceil(step.share * len(order))]] = True
+        order = np.concatenate([order, np.flatnonzero(wanted & ~alive)])
         wanted[self.run.ledger.answered(index)] = False
-        todo = torch.from_numpy(np.flatnonzero(wanted)).to(self.x.device)
+        todo = torch.from_numpy(order[wanted[order]]).to(self.x.device)
         name = f"{index + 1}/{len(self.steps)} {step.label}"
         self.notify(name, 0, len(todo), 0)
         if not len(todo):
             return
-        job = self._job(attack, todo, **self._settings(step))
+        job = self._job(attack, todo, **self._settings(step), start=self._start(step, todo, alive))
         began, done = time.perf_counter(), 0
         for final in job.run():
-            self._write(index, todo[final], job.outcome(final))
+            self._write(index, todo[final], job.outcome(final), alive)
             now = time.perf_counter()
             self.run.ledger.add_seconds(index, now - began)
             began, done = now, done + len(final)
             self.notify(name, done, len(todo), int((job.success & job.emitted).sum()))
 
-    def _write(self, index: int, ids: Tensor, found: Outcome) -> None:
+    def _start(self, step: PlanStep, todo: Tensor, alive: np.ndarray) -> Tensor | None:
+        """Where the step begins: at what earlier ones found; an example they broke or never tried begins at its input."""
+        if step.start != "best":
+            return None
+        points = self.x.clone()
+        ids, nearest = self.run.ledger.nearest()
+        if len(ids):
+            keep = alive[ids]
+            points[torch.from_numpy(ids[keep])] = torch.from_numpy(nearest[keep]).to(points)
+        return points[todo]
+
+    def _write(self, index: int, ids: Tensor, found: Outcome, alive: np.ndarray) -> None:
         """Record the examples whose answer has just become final, in one transaction."""
         won = found.success
         label, _, confidence = self._answers(found.x[won], self.y[ids[won]])
@@ -291,7 +308,11 @@ class _Evaluation:
         broken = ids[won].tolist()
         points = dict(zip(broken, found.x[won].cpu().numpy()))
         inputs = dict(zip(broken, self.x[ids[won]].cpu().numpy()))
-        self.run.ledger.put_results(index, rows, points, inputs)
+        nearest = {}
+        if any(step.start == "best" for step, _ in self.steps[index + 1 :]):
+            kept = (~won).nonzero().squeeze(1).tolist()
+            nearest = {i: found.x[j].cpu().numpy() for j, i in zip(kept, ids[kept].tolist()) if alive[i]}
+        self.run.ledger.put_results(index, rows, points, inputs, nearest)
 
     def _proof(self, certificate: Any, rows: Any) -> Any:
         from mohs.certificates import certify
@@ -365,8 +386,9 @@ class _Evaluation:
 
     # ---- small helpers ----------------------------------------------------------------------------------
 
-    def _settings(self, step: PlanStep) -> dict[str, int]:
-        return {"restarts": step.restarts, "aims": _header.aims(step, self.classes)}
+    def _settings(self, step: PlanStep) -> dict[str, Any]:
+        rank = by_distance if step.rank == "distance" else by_logit
+        return {"restarts": step.restarts, "aims": _header.aims(step, self.classes), "rank": rank}
 
     def _job(self, attack: Any, todo: Tensor, **settings: Any) -> Job:
         return Job(
@@ -391,3 +413,13 @@ class _Evaluation:
         if not labels:
             return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
         return tuple(torch.cat(v).cpu().numpy() for v in (labels, margins, confidences))  # type: ignore[return-value]
+
+
+def _margins(record: records.Record, before: int) -> np.ndarray:
+    """How near each example came to breaking in the attacks before one, [N]: the highest margin of the attacker."""
+    best = -record.examples.clean_margin
+    for index in record.attacks:
+        if index < before:
+            rows = record.results(index)
+            best[rows.example] = np.fmax(best[rows.example], rows.margin)
+    return np.nan_to_num(best, nan=-np.inf)

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 
 ALL_CLASSES = 1_000_000
 """What ``aims = "all"`` means; whoever runs the plan cuts it to the classes there are."""
-OBJECTIVES = ("cross_entropy", "margin")
+OBJECTIVES = ("cross_entropy", "margin", "dlr", "probability_margin")
 """Objectives a plan may name."""
 
 _FOLDER = Path(__file__).parent / "plans"
 _PLAN_KEYS = ("name", "description", "attack")
-_STEP_KEYS = ("use", "with", "restarts", "aims", "skip", "note")
+_STEP_KEYS = ("use", "with", "restarts", "aims", "rank", "start", "share", "skip", "note")
+RANKINGS = ("logit", "distance")
+"""How the classes to move towards are ordered: by logit, or by linearised distance."""
+STARTS = ("own", "best")
+"""Where an attack begins: as it does by itself, or at the strongest point an earlier attack of the plan found."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class PlanStep:
         parameters: every field of the attack with its value, in the attack's order; objectives by name.
         restarts: independent tries per example.
         aims: classes to move towards, besides no aim at all: 0 for none, ``ALL_CLASSES`` for all others.
+        rank: what orders these classes, one of ``RANKINGS``.
+        start: where it begins, one of ``STARTS``.
+        share: run only that share of the survivors, those nearest to breaking by the margins found so far.
         skips: (norm, reason) pairs: the regions this step does not serve. ``l0`` stands for ``l0-features`` too.
         note: for the reader.
     """
@@ -44,13 +51,16 @@ class PlanStep:
     parameters: tuple[tuple[str, Any], ...] = ()
     restarts: int = 1
     aims: int = 0
+    rank: str = "logit"
+    start: str = "own"
+    share: float = 1.0
     skips: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     note: str = field(default="", repr=False)
 
     @classmethod
     def make(
         cls, name: str, parameters: Mapping[str, Any] | None = None, *, restarts: int = 1, aims: int | str = 0,
-        skip: Mapping[str, str] | None = None, note: str = "",
+        rank: str = "logit", start: str = "own", share: float = 1.0, skip: Mapping[str, str] | None = None, note: str = "",
     ) -> PlanStep:  # fmt: skip
         """Check a step and complete it.
 
@@ -59,7 +69,7 @@ class PlanStep:
                 allowed ones.
 
         >>> PlanStep.make("FGSM", {"objective": "margin"})
-        PlanStep(name='FGSM', parameters=(('objective', 'margin'),), restarts=1, aims=0)
+        PlanStep(name='FGSM', parameters=(('objective', 'margin'),), restarts=1, aims=0, rank='logit', start='own', share=1.0)
         """
         complete = _complete(name, parameters or {})
         count = ALL_CLASSES if aims == "all" else aims
@@ -67,10 +77,15 @@ class PlanStep:
             if type(value) is not int or value < least:
                 extra = " or 'all'" if what == "aims" else ""
                 raise UsageError(f"{name}: {what} must be a whole number >= {least}{extra}; got {value!r}.")
+        for key, choice, allowed in (("rank", rank, RANKINGS), ("start", start, STARTS)):
+            if choice not in allowed:
+                raise UsageError(f"{name}: {key} must be one of {', '.join(allowed)}; got {choice!r}.")
+        if type(share) not in (int, float) or not 0 < share <= 1:
+            raise UsageError(f"{name}: share must be above 0 and at most 1; got {share!r}.")
         skips = tuple(sorted((skip or {}).items()))
         if not all(isinstance(reason, str) and reason for _, reason in skips):
             raise UsageError(f'{name}: skip maps a norm to the reason, such as {{l0 = "..."}}; got {dict(skips)!r}.')
-        step = cls(name, complete, restarts, typing.cast(int, count), skips, note)
+        step = cls(name, complete, restarts, typing.cast(int, count), rank, start, float(share), skips, note)
         step.build()
         return step
 
@@ -89,7 +104,8 @@ class PlanStep:
             text += f" {values['objective']}"
         if self.aims:
             text += " all aims" if self.aims == ALL_CLASSES else f" {self.aims} aims"
-        return f"{text} x{self.restarts}" if self.restarts > 1 else text
+        text = f"{text} x{self.restarts}" if self.restarts > 1 else text
+        return f"{text}, nearest {self.share:.0%}" if self.share < 1 else text
 
     def build(self) -> Attack:
         """The attack with its parameters."""
@@ -110,8 +126,8 @@ class PlanStep:
             if threat.region.name.removesuffix("-features") == norm:
                 return f"{self.name} does not serve {threat.region.name}: {reason}"
         attack = self.build()
-        if (reason := refused_norm(attack, threat)) is not None:
-            return reason
+        if (refused := refused_norm(attack, threat)) is not None:
+            return refused
         if attack.needs > threat.access:
             return f"{self.name} needs access {attack.needs.name}; the threat grants {threat.access.name}"
         if attack.finite and threat.minimum:
@@ -169,6 +185,9 @@ def load_plan(source: str | Path | Plan) -> Plan:
         with = { steps = 100, objective = "margin" }
         restarts = 5
         aims = 9
+        rank = "distance"
+        start = "best"
+        share = 0.5
         skip = { l0 = "too slow there" }
 
     Args:
@@ -233,6 +252,7 @@ def _step(entry: dict[str, Any]) -> PlanStep:
             raise UsageError(f"{key} must be a table of names and values; got {entry[key]!r}.")
     return PlanStep.make(
         entry["use"], entry.get("with"), restarts=entry.get("restarts", 1), aims=entry.get("aims", 0),
+        rank=entry.get("rank", "logit"), start=entry.get("start", "own"), share=entry.get("share", 1.0),
         skip=entry.get("skip"), note=entry.get("note", ""),
     )  # fmt: skip
 

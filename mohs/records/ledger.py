@@ -41,6 +41,9 @@ CREATE TABLE points (
 CREATE TABLE inputs (
     example INTEGER PRIMARY KEY REFERENCES examples(id), dtype TEXT NOT NULL, shape TEXT NOT NULL,
     blob BLOB NOT NULL);
+CREATE TABLE nearest (
+    example INTEGER PRIMARY KEY REFERENCES examples(id), margin REAL NOT NULL, dtype TEXT NOT NULL, shape TEXT NOT NULL,
+    blob BLOB NOT NULL);
 CREATE TABLE traces (
     attack INTEGER, example INTEGER REFERENCES examples(id), restart INTEGER, dtype TEXT NOT NULL,
     shape TEXT NOT NULL, blob BLOB NOT NULL, PRIMARY KEY (attack, example, restart));
@@ -157,8 +160,9 @@ class Ledger:
             self._db.executemany("INSERT INTO examples VALUES (?,?,?,?,?,?,?)", rows)
 
     def put_results(
-        self, attack: int, rows: Results, points: Arrays | None = None, inputs: Arrays | None = None
-    ) -> None:
+        self, attack: int, rows: Results, points: Arrays | None = None, inputs: Arrays | None = None,
+        nearest: Arrays | None = None,
+    ) -> None:  # fmt: skip
         """Record what an attack found for some examples, all or nothing.
 
         Args:
@@ -166,6 +170,8 @@ class Ledger:
             rows: one entry per example; an example may be answered only once by an attack.
             points: the adversarial input of each success, by example.
             inputs: the clean input of each example that has a point (replay needs no data set).
+            nearest: points of examples that did not break, for later attacks to begin from; of each example the one of
+                highest margin is kept until the run ends.
         """
         points, inputs = points or {}, inputs or {}
         won = set(rows.example[rows.success].tolist())
@@ -190,6 +196,18 @@ class Ledger:
                 "INSERT OR IGNORE INTO inputs VALUES (?,?,?,?)",
                 ((int(i), *pack(x)) for i, x in inputs.items()),
             )
+            if nearest:
+                margins = dict(zip(rows.example.tolist(), rows.margin.tolist()))
+                self._db.executemany(
+                    "INSERT INTO nearest VALUES (?,?,?,?,?) ON CONFLICT DO UPDATE SET margin=excluded.margin, "
+                    "dtype=excluded.dtype, shape=excluded.shape, blob=excluded.blob WHERE excluded.margin > margin",
+                    ((int(i), margins[int(i)], *pack(x)) for i, x in nearest.items()),
+                )
+
+    def drop_nearest(self) -> None:
+        """Forget the points of unbroken examples: the run is over."""
+        with self._write():
+            self._db.execute("DELETE FROM nearest")
 
     def put_trace(self, attack: int, example: int, restart: int, values: ArrayLike) -> None:
         """Record the objective after each step of one restart on one example."""
@@ -241,6 +259,11 @@ class Ledger:
         ids = self._ids("SELECT example FROM points WHERE attack=? ORDER BY example", attack)
         query = "SELECT dtype, shape, blob FROM points WHERE attack=? AND example=?"
         return self._blobs(query, (attack,), ids, examples)
+
+    def nearest(self) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """Points to begin from, of examples that were not broken: positions [M] and points [M, ...]."""
+        ids = self._ids("SELECT example FROM nearest ORDER BY example")
+        return self._blobs("SELECT dtype, shape, blob FROM nearest WHERE example=?", (), ids, None)
 
     def inputs(self, examples: Iterable[int] | None = None) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """The stored clean inputs: positions [M] and inputs [M, ...]."""

@@ -52,6 +52,11 @@ class Step(_Part):
     config: str = Field(description="repr of the attack: its whole configuration")
     restarts: int = Field(default=1, ge=1)
     targets: int | None = Field(default=None, description="how many target classes, None when untargeted")
+    rank: str = Field(default="logit", description="what put the target classes in order")
+    start: str = Field(
+        default="own", description="own: as the attack begins; best: at the strongest point found so far"
+    )
+    share: float = Field(default=1.0, gt=0, le=1, description="share of the survivors, those nearest to breaking")
     note: str = ""
 
 
