@@ -16,7 +16,7 @@ from benchmarks import __main__ as command
 from benchmarks import autoattack, exact, minimum, nets, peers, reference
 from benchmarks.measure import Counted
 from benchmarks.robust import RobustSubject
-from mohs.attacks import DeepFool
+from mohs.attacks import PGD, DeepFool
 
 NORMS = ("linf", "l2", "l1", "l0")
 
@@ -216,3 +216,14 @@ def test_every_peer_of_the_tables_has_a_name_that_the_command_knows() -> None:
 
     assert {library for norm in MINIMUM.values() for library in norm} <= set(peers.LIBRARIES)
     assert set(MINIMUM) == set(NORMS)
+
+
+def test_kept_colour_net_is_robust_and_the_one_of_its_recipe(shared: Path) -> None:
+    data = nets.cifar10_images(shared / "cifar10_jpeg" / "cifar10_jpeg75.npz", rows=128)
+    net = nets.cifar10_residual()
+    with torch.no_grad():
+        right = net(data.x).argmax(1) == data.y
+    left = right & ~mohs.attack(PGD(steps=10), net, data.x, data.y, "linf:8/255").success
+    assert float(right.double().mean()) > 0.5
+    assert float(left.double().mean()) > 0.25
+    assert (nets.HERE / "cifar10-residual.safetensors").stat().st_size < 1_200_000
