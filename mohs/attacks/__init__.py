@@ -7,6 +7,7 @@ from mohs.attacks.apgd import APGD
 from mohs.attacks.bim import BIM
 from mohs.attacks.ddn import DDN
 from mohs.attacks.deepfool import DeepFool
+from mohs.attacks.fab import FAB
 from mohs.attacks.fgsm import FGSM
 from mohs.attacks.fmn import FMN
 from mohs.attacks.jsma import JSMA
@@ -20,6 +21,7 @@ from mohs.attacks.run import Job, Outcome, Stop, attack
 from mohs.attacks.sigma_zero import SigmaZero
 from mohs.attacks.sparsefool import SparseFool
 from mohs.attacks.spgd import SPGD
+from mohs.attacks.square import Square
 from mohs.attacks.superdeepfool import SuperDeepFool
 from mohs.attacks.trust_region import TrustRegion
 
@@ -34,6 +36,7 @@ REGISTRY: dict[str, type] = {
         NIFGSM,
         ODI,
         DeepFool,
+        FAB,
         DDN,
         FMN,
         PDGD,
@@ -45,6 +48,7 @@ REGISTRY: dict[str, type] = {
         JSMA,
         SparseFool,
         SPGD,
+        Square,
     )
 }
 """Every attack by name."""

@@ -9,17 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from mohs import Outcome, Threat
+from mohs import Access, Outcome, Threat
 from mohs.attacks import REGISTRY
 from mohs.attacks.run import refused_norm
 
 FEW = {"steps": 4}
 """Small budgets for attacks that have steps."""
 
+MANY = {"steps": 40}
+"""The same for attacks without gradients: a query says less."""
+
+
+def by_gradient(name: str) -> bool:
+    return REGISTRY[name].needs >= Access.GRADIENT
+
 
 def make(name: str, **settings: Any) -> Any:
     known = {f.name for f in fields(REGISTRY[name])}
-    return REGISTRY[name](**{k: v for k, v in (FEW | settings).items() if k in known})
+    return REGISTRY[name](**{k: v for k, v in ((FEW if by_gradient(name) else MANY) | settings).items() if k in known})
 
 
 def norms(name: str) -> list[str]:
