@@ -35,6 +35,8 @@ CONTROL = 100
 """Size of the control subset: every attack runs on all of it, so that their strengths can be compared."""
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Radii of the accuracy curve, in units of the threat's."""
+LEAST = 1 / 16
+"""Share of all examples below which no step of a plan cuts the survivors: on so few, any step costs little beside the first."""
 TRACED, TRACE_RESTARTS = 6, 5
 """Loss curves: examples of the control subset, restarts each."""
 Notify = Callable[[str, int, int, int], None]
@@ -264,7 +266,7 @@ class _Evaluation:
         order = np.lexsort((np.arange(record.n), -margin))  # nearest to breaking first
         order = order[alive[order]]
         wanted = record.correct & record.examples.control
-        wanted[order[: math.ceil(step.share * len(order))]] = True
+        wanted[order[: max(math.ceil(step.share * len(order)), math.ceil(record.n * LEAST))]] = True
         order = np.concatenate([order, np.flatnonzero(wanted & ~alive)])
         wanted[self.run.ledger.answered(index)] = False
         todo = torch.from_numpy(order[wanted[order]]).to(self.x.device)
@@ -287,9 +289,10 @@ class _Evaluation:
             return None
         points = self.x.clone()
         ids, nearest = self.run.ledger.nearest()
-        if len(ids):
-            keep = alive[ids]
-            points[torch.from_numpy(ids[keep])] = torch.from_numpy(nearest[keep]).to(points)
+        if not len(ids):
+            return None  # it is the first that runs here
+        keep = alive[ids]
+        points[torch.from_numpy(ids[keep])] = torch.from_numpy(nearest[keep]).to(points)
         return points[todo]
 
     def _write(self, index: int, ids: Tensor, found: Outcome, alive: np.ndarray) -> None:

@@ -24,9 +24,11 @@ OBJECTIVES = ("cross_entropy", "margin", "dlr", "probability_margin")
 
 _FOLDER = Path(__file__).parent / "plans"
 _PLAN_KEYS = ("name", "description", "attack")
-_STEP_KEYS = ("use", "with", "restarts", "aims", "rank", "start", "share", "skip", "note")
+_STEP_KEYS = ("use", "with", "restarts", "aims", "rank", "start", "share", "only", "skip", "note")
 RANKINGS = ("logit", "distance")
 """How the classes to move towards are ordered: by logit, or by linearised distance."""
+KINDS = ("linf", "l2", "l1", "lp", "l0")
+"""Families of regions."""
 STARTS = ("own", "best")
 """Where an attack begins: as it does by itself, or at the strongest point an earlier attack of the plan found."""
 
@@ -43,6 +45,7 @@ class PlanStep:
         rank: what orders these classes, one of ``RANKINGS``.
         start: where it begins, one of ``STARTS``.
         share: run only that share of the survivors, those nearest to breaking by the margins found so far.
+        only: the regions it is meant for; empty: all it serves. Elsewhere it is passed over without a word.
         skips: (norm, reason) pairs: the regions this step does not serve. ``l0`` stands for ``l0-features`` too.
         note: for the reader.
     """
@@ -54,13 +57,15 @@ class PlanStep:
     rank: str = "logit"
     start: str = "own"
     share: float = 1.0
+    only: tuple[str, ...] = field(default=(), repr=False)
     skips: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     note: str = field(default="", repr=False)
 
     @classmethod
     def make(
         cls, name: str, parameters: Mapping[str, Any] | None = None, *, restarts: int = 1, aims: int | str = 0,
-        rank: str = "logit", start: str = "own", share: float = 1.0, skip: Mapping[str, str] | None = None, note: str = "",
+        rank: str = "logit", start: str = "own", share: float = 1.0,
+        only: Sequence[str] = (), skip: Mapping[str, str] | None = None, note: str = "",
     ) -> PlanStep:  # fmt: skip
         """Check a step and complete it.
 
@@ -82,10 +87,14 @@ class PlanStep:
                 raise UsageError(f"{name}: {key} must be one of {', '.join(allowed)}; got {choice!r}.")
         if type(share) not in (int, float) or not 0 < share <= 1:
             raise UsageError(f"{name}: share must be above 0 and at most 1; got {share!r}.")
+        if isinstance(only, str) or not all(norm in KINDS for norm in only):
+            raise UsageError(f"{name}: only lists regions, of {', '.join(KINDS)}; got {only!r}.")
         skips = tuple(sorted((skip or {}).items()))
         if not all(isinstance(reason, str) and reason for _, reason in skips):
             raise UsageError(f'{name}: skip maps a norm to the reason, such as {{l0 = "..."}}; got {dict(skips)!r}.')
-        step = cls(name, complete, restarts, typing.cast(int, count), rank, start, float(share), skips, note)
+        step = cls(
+            name, complete, restarts, typing.cast(int, count), rank, start, float(share), tuple(only), skips, note
+        )
         step.build()
         return step
 
@@ -136,7 +145,11 @@ class PlanStep:
 
     def build_for(self, threat: Threat) -> Attack | None:
         """The attack, or None where ``refusal`` has a reason."""
-        return None if self.refusal(threat) else self.build()
+        return None if self.elsewhere(threat) or self.refusal(threat) else self.build()
+
+    def elsewhere(self, threat: Threat) -> bool:
+        """Is the step meant for other regions?"""
+        return bool(self.only) and threat.region.kind not in self.only
 
 
 @dataclass(frozen=True)
@@ -160,7 +173,8 @@ class Plan:
 
     def skipped(self, threat: Threat) -> list[str]:
         """The reasons why steps cannot run under a threat, in plan order."""
-        return [f"{s.label}: {reason}" for s in self.steps if (reason := s.refusal(threat)) is not None]
+        there = [s for s in self.steps if not s.elsewhere(threat)]
+        return [f"{s.label}: {reason}" for s in there if (reason := s.refusal(threat)) is not None]
 
 
 def available_plans() -> list[str]:
@@ -253,7 +267,7 @@ def _step(entry: dict[str, Any]) -> PlanStep:
     return PlanStep.make(
         entry["use"], entry.get("with"), restarts=entry.get("restarts", 1), aims=entry.get("aims", 0),
         rank=entry.get("rank", "logit"), start=entry.get("start", "own"), share=entry.get("share", 1.0),
-        skip=entry.get("skip"), note=entry.get("note", ""),
+        only=entry.get("only", ()), skip=entry.get("skip"), note=entry.get("note", ""),
     )  # fmt: skip
 
 
