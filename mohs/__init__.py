@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mohs.attacks import Outcome, Stop, attack
     from mohs.certificates import certify
     from mohs.errors import MohsError
-    from mohs.evaluation import check, evaluate
+    from mohs.evaluation import check, evaluate, minimum_norm
     from mohs.problem import Goal, Problem
     from mohs.regions import L0, L1, L2, Linf, Lp
     from mohs.target import Target
@@ -25,12 +25,12 @@ __version__ = "0.1.0"
 # Everything is loaded at its first use: a record is read, compared and shown without torch, and importing costs little.
 _HOME = {
     **{name: f"mohs.{name}" for name in (
-        "attacks", "certificates", "data", "defenses", "evaluation", "models", "objectives", "records", "reports",
+        "attacks", "certificates", "data", "defenses", "evaluation", "minimum_norm", "models", "objectives", "records", "reports",
     )},
     **{name: f"mohs.attacks:{name}" for name in ("Outcome", "Stop", "attack")},
     **{name: f"mohs.regions:{name}" for name in ("L0", "L1", "L2", "Linf", "Lp")},
     **{name: f"mohs.threat:{name}" for name in ("Access", "Knowledge", "Threat")},
-    **{name: f"mohs.evaluation:{name}" for name in ("check", "evaluate")},
+    **{name: f"mohs.evaluation:{name}" for name in ("check", "evaluate", "minimum_norm")},
     **{name: f"mohs.problem:{name}" for name in ("Goal", "Problem")},
     "certify": "mohs.certificates:certify",
     "MohsError": "mohs.errors:MohsError",
@@ -55,5 +55,5 @@ def __dir__() -> list[str]:
 __all__ = [
     "L0", "L1", "L2", "Access", "Goal", "Knowledge", "Linf", "Lp", "MohsError", "Outcome", "Problem", "Stop", "Target",
     "Threat", "attack", "attacks", "certificates", "certify", "check", "data", "defenses", "evaluate", "evaluation",
-    "models", "objectives", "records", "reports",
+    "minimum_norm", "models", "objectives", "records", "reports",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from mohs.evaluation.checks import check
 from mohs.evaluation.claims import Claim, verdict
+from mohs.evaluation.distance import Distances, minimum_norm
 from mohs.evaluation.engine import evaluate
 from mohs.evaluation.plans import Plan, PlanStep, available_plans, load_plan
 from mohs.evaluation.replay import Replayed, replay
@@ -9,6 +10,7 @@ from mohs.evaluation.robustness import rho_adv, smallest_radius
 
 __all__ = [
     "Claim",
+    "Distances",
     "Plan",
     "PlanStep",
     "Replayed",
@@ -16,6 +18,7 @@ __all__ = [
     "check",
     "evaluate",
     "load_plan",
+    "minimum_norm",
     "replay",
     "rho_adv",
     "smallest_radius",

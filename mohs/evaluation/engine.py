@@ -35,7 +35,7 @@ CONTROL = 100
 """Size of the control subset: every attack runs on all of it, so that their strengths can be compared."""
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Radii of the accuracy curve, in units of the threat's."""
-LEAST = 1 / 16
+LEAST = 1 / 32
 """Share of all examples below which no step of a plan cuts the survivors: on so few, any step costs little beside the first."""
 TRACED, TRACE_RESTARTS = 6, 5
 """Loss curves: examples of the control subset, restarts each."""
