@@ -5,12 +5,15 @@ from mohs.attacks._ranking import by_distance, by_logit
 from mohs.attacks.alma import ALMA
 from mohs.attacks.apgd import APGD
 from mohs.attacks.bim import BIM
+from mohs.attacks.carlini_wagner import CarliniWagner
 from mohs.attacks.ddn import DDN
 from mohs.attacks.deepfool import DeepFool
+from mohs.attacks.ead import EAD
 from mohs.attacks.fab import FAB
 from mohs.attacks.fgsm import FGSM
 from mohs.attacks.fmn import FMN
 from mohs.attacks.jsma import JSMA
+from mohs.attacks.lbfgs import LBFGS
 from mohs.attacks.mifgsm import MIFGSM
 from mohs.attacks.nifgsm import NIFGSM
 from mohs.attacks.odi import ODI
@@ -44,6 +47,9 @@ REGISTRY: dict[str, type] = {
         SuperDeepFool,
         ALMA,
         TrustRegion,
+        CarliniWagner,
+        LBFGS,
+        EAD,
         SigmaZero,
         JSMA,
         SparseFool,
