@@ -73,6 +73,13 @@ def short_plan(steps: int = 8, restarts: int = 3) -> Plan:
     )
 
 
+def relay_plan() -> Plan:
+    """The short plan and two steps that stand on it: from the best points so far, on the nearest of the survivors."""
+    pgd = {"steps": 8, "objective": "margin"}
+    further = PlanStep.make("PGD", pgd, start="best"), PlanStep.make("Square", {"steps": 30}, start="best", share=0.5)
+    return Plan("relay", (*short_plan().steps, *further))
+
+
 def evaluate(data: Dataset | None = None, model: nn.Module | None = None, **settings: Any) -> records.Record:
     """An evaluation of the small problem; whatever is not said is usual."""
     usual: dict[str, Any] = {"plan": short_plan(), "batch": BATCH}

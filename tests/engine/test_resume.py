@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_problem import THREAT, conv, header_facts, images, rows_of, short_plan
+from engine_problem import THREAT, conv, header_facts, images, relay_plan, rows_of
 
 import mohs
 from mohs import records
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 def evaluate(out: Path, n: int = 48, seed: int = 0) -> records.Record:
     """The run that is interrupted: every kind of attack and row, and a certificate."""
     return mohs.evaluate(
-        conv(), images().take(n), THREAT, plan=short_plan(), claim="accuracy >= 0.5", certificates=[IBP()], out=out,
+        conv(), images().take(n), THREAT, plan=relay_plan(), claim="accuracy >= 0.5", certificates=[IBP()], out=out,
         batch=16, seed=seed,
     )  # fmt: skip
 
@@ -223,7 +223,10 @@ def test_journal_torn_by_a_power_cut(filmed: tuple[Path, list[Path]], tmp_path: 
         os.truncate(out / "ledger.sqlite-wal", kept)
         with Ledger.open(out / "ledger.sqlite") as torn, Ledger.open(frame / "ledger.sqlite") as whole:
             held = sum(len(torn.answered(a)) for a in torn.attacks()) + len(torn.traces())
-            assert held < sum(len(whole.answered(a)) for a in whole.attacks()) + len(whole.traces())
+            there = sum(len(whole.answered(a)) for a in whole.attacks()) + len(whole.traces())
+        # the very last write forgets the points of survivors, and holds no row
+        assert held <= there
+        assert kept > size - 5000 or held < there
         evaluate(out, n=24)
         assert_same(out, reference)
 
@@ -236,11 +239,11 @@ def test_resumed_run_attacks_only_what_is_missing(filmed: tuple[Path, list[Path]
     shutil.copytree(frame, out)
     told: list[tuple[str, int]] = []
     mohs.evaluate(
-        conv(), images().take(24), THREAT, plan=short_plan(), claim="accuracy >= 0.5", certificates=[IBP()], out=out,
+        conv(), images().take(24), THREAT, plan=relay_plan(), claim="accuracy >= 0.5", certificates=[IBP()], out=out,
         batch=16, notify=lambda stage, at, total, broken: told.append((stage, total)),
     )  # fmt: skip
-    assert ("1/3 FGSM CE", 0) in told
-    assert ("2/3 DeepFool-10", len(done.results(1))) in told
+    assert ("1/5 FGSM CE", 0) in told
+    assert ("2/5 DeepFool-10", len(done.results(1))) in told
 
 
 def _answers(directory: Path) -> int:
@@ -263,7 +266,7 @@ class Interrupting:
 
 
 def test_interrupted_run_says_so_and_can_be_read(tmp_path: Path) -> None:
-    data, plan = images().take(24), short_plan()
+    data, plan = images().take(24), relay_plan()
     settings = {"plan": plan, "claim": "accuracy >= 0.5", "batch": 16, "out": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
         mohs.evaluate(conv(), data, THREAT, notify=Interrupting("PGD"), **settings)
@@ -274,12 +277,12 @@ def test_interrupted_run_says_so_and_can_be_read(tmp_path: Path) -> None:
     assert partial.attacks == [0, 1]
     whole = mohs.evaluate(conv(), data, THREAT, **settings)
     assert whole.header.status == "complete"
-    assert whole.attacks == [0, 1, 2]
+    assert whole.attacks == [0, 1, 2, 3, 4]
 
 
 def test_another_environment_is_said_in_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, out = images().take(24), tmp_path / "run"
-    settings = {"plan": short_plan(), "batch": 16, "out": out}
+    settings = {"plan": relay_plan(), "batch": 16, "out": out}
     with pytest.raises(KeyboardInterrupt):
         mohs.evaluate(conv(), data, THREAT, notify=Interrupting("PGD"), **settings)
     before = torch.__version__
@@ -309,9 +312,9 @@ def test_second_process_on_a_directory_is_refused(tmp_path: Path) -> None:
             assert other.returncode == 1
             refused.append(other.stderr)
             with pytest.raises(RecordError, match="being written by another process"):
-                mohs.evaluate(conv(), data, THREAT, plan=short_plan(), batch=16, out=out)
+                mohs.evaluate(conv(), data, THREAT, plan=relay_plan(), batch=16, out=out)
 
-    record = mohs.evaluate(conv(), data, THREAT, plan=short_plan(), batch=16, out=out, notify=second)
+    record = mohs.evaluate(conv(), data, THREAT, plan=relay_plan(), batch=16, out=out, notify=second)
     assert "being written by another process" in refused[0]
     assert record.header.status == "complete"
     record.verify()
