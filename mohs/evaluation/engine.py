@@ -20,7 +20,7 @@ from mohs.attacks import Job, Outcome, by_distance, by_logit
 from mohs.attacks._inputs import check_inputs
 from mohs.attacks.run import usual_batch
 from mohs.data import Dataset
-from mohs.errors import CertificateContradicted, ModelError, ThreatError, rows_text
+from mohs.errors import CertificateContradicted, ModelError, ThreatError, UsageError, rows_text
 from mohs.evaluation import _header, claims
 from mohs.evaluation._given import dataset
 from mohs.evaluation._quiet import untouched
@@ -55,6 +55,7 @@ def evaluate(
     certificates: Sequence[Any] = (),
     seed: int = 0,
     batch: int | None = None,
+    control: int | None = None,
     stated_accuracy: float | None = None,
     subject: str | None = None,
     command: str = "",
@@ -74,6 +75,8 @@ def evaluate(
         seed: of all randomness; the global generators are not touched.
         batch: physical batch size; results are bit-identical for equal ``batch``. Default: 256,
             fewer for large inputs.
+        control: size of the random subset that every attack runs in full, so that their strengths can be compared; the
+            accuracy curve and the loss curves come from it too. Default: 100; 0 saves these passes.
         stated_accuracy: clean accuracy the model is said to have, checked against the measured one.
         subject, command: how model and run are named in the record.
         notify: progress, see ``Notify``.
@@ -107,10 +110,15 @@ def evaluate(
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), data.x.device)
     x, y = ((t.clone() if t.is_inference() else t).to(device) for t in data)
     check_inputs(x, y, threat, batch=batch)
+    if control is not None and (not isinstance(control, int) or control < 0):
+        raise UsageError(
+            f"control must be a whole number >= 0 (how many examples every attack runs in full); got {control!r}."
+        )
     batch = batch or usual_batch(x)
     plan, claim = load_plan(plan), None if claim is None else claims.Claim.parse(claim)
     with untouched(model, seed):  # so that a model that changes while it is looked at is given back as it was
         run = _Evaluation(model, data, x, y, threat, plan, claim, list(certificates), seed, batch, notify)
+        run.control = CONTROL if control is None else control
         header = run.header(stated_accuracy, subject or type(model).__name__, command)
         # whatever can be refused is refused before the directory is touched
         findings = None if out is not None and _header.known(Path(out), header, model) else run.check(stated_accuracy)
@@ -152,7 +160,7 @@ class _Evaluation:
     ) -> None:  # fmt: skip
         self.model, self.data, self.x, self.y = model, data, x, y
         self.threat, self.plan, self.claim, self.certificates = threat, plan, claim, certificates
-        self.seed, self.batch = seed, batch
+        self.seed, self.batch, self.control = seed, batch, CONTROL
         self.notify: Notify = notify or (lambda stage, done, total, broken: None)
         self.weights = weights_hash(model)  # before anything runs
         with torch.no_grad():
@@ -171,7 +179,7 @@ class _Evaluation:
         """Everything known before the first attack."""
         return _header.of_run(
             self.model, self.weights, self.classes, self.data, self.threat, self.plan, self.steps, self.claim,
-            self.certificates, self.seed, self.batch, self.x.device, stated_accuracy=stated_accuracy, subject=subject,
+            self.certificates, self.seed, self.batch, self.control, self.x.device, stated_accuracy=stated_accuracy, subject=subject,
             command=command,
         )  # fmt: skip
 
@@ -249,7 +257,7 @@ class _Evaluation:
         """Clean answers of all examples, and the control subset: the examples of smallest keyed hash."""
         ids = self.data.ids
         rank = sorted(range(len(ids)), key=lambda i: (streams.text_key(f"{self.seed} control {ids[i]}"), i))
-        control = set(rank[:CONTROL])
+        control = set(rank[: self.control])
         label, margin, confidence = self._answers(self.x, self.y)
         self.run.ledger.put_examples(
             records.Examples(

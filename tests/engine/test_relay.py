@@ -10,6 +10,7 @@ import torch
 from engine_problem import evaluate, relay_plan
 
 from mohs import records
+from mohs.errors import UsageError
 from mohs.evaluation import Plan, PlanStep, engine
 from mohs.records.ledger import Ledger
 
@@ -103,3 +104,25 @@ def test_rank_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     plan = Plan("aimed", (PlanStep.make("PGD", {"steps": 2}, aims=3, rank="distance"),))
     evaluate(plan=plan, out=tmp_path / "run")
     assert set(asked) == {3}
+
+
+def test_without_a_control_subset_nothing_runs_twice(tmp_path: Path) -> None:
+    from mohs.reports import render, text
+
+    whole = evaluate(plan=relay_plan(), threat=SMALL, out=tmp_path / "whole")
+    lean = evaluate(plan=relay_plan(), threat=SMALL, out=tmp_path / "lean", control=0)
+    assert not lean.examples.control.any()
+    assert (lean.survived == whole.survived).all()
+    for index in lean.attacks:
+        assert len(lean.results(index)) == lean.header.attacks[index].given
+    assert lean.traces() == []
+    render(lean, tmp_path / "page.html")
+    assert "upper bound" in (tmp_path / "page.html").read_text()
+    assert text(lean)
+
+
+@pytest.mark.parametrize("control", [-1, 0.5, "all"])
+def test_a_bad_control_subset_is_refused(control: object, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="control must be a whole number"):
+        evaluate(control=control, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
