@@ -60,18 +60,24 @@ def test_near_the_optimum_of_linear_models(attack: object, norm: str, classes: i
 
 
 @each_one
-def test_targets_and_confidence(attack: object, norm: str) -> None:
+def test_targets(attack: object, norm: str) -> None:
     model, x = relu_net((12,)), inputs(24, 12)
     y = model(x).argmax(1)
     targets = (y + 1) % 4
     plain = mohs.attack(attack, model, x, y, f"{norm}:inf", targets=targets)
     assert float(plain.success.float().mean()) > 0.8
     assert bool((model(plain.x).argmax(1) == targets)[plain.success].all())
-    sure = mohs.attack(attack, model, x, y, f"{norm}:inf", targets=targets, confidence=0.2)
-    assert bool((Goal.attain(targets).margin(model(sure.x).detach())[sure.success] >= 0.2).all())
-    both = plain.success & sure.success
-    assert bool(both.any())
-    assert float(sure.size[both].median()) > float(plain.size[both].median())
+
+
+@each_one
+def test_the_confidence_moves_the_boundary(attack: object, norm: str) -> None:
+    model, x = Linear(20, 2, dtype=torch.float64), inputs(16, 20, dtype=torch.float64)
+    y = model(x).argmax(1)
+    near, far = (mohs.attack(attack, model, x, y, f"{norm}:inf" + FREE, confidence=c) for c in (0.0, 2.0))
+    assert far.success.all()
+    assert bool((Goal.leave(y).margin(model(far.x).detach()) >= 2.0).all())
+    gap = -Goal.leave(y).margin(model(x).detach())  # the distance grows as the gap to be crossed
+    torch.testing.assert_close((far.size / near.size).median(), ((gap + 2.0) / gap).median(), rtol=0.05, atol=0)
 
 
 # --- what public implementations get wrong ---------------------------------------------------------------------------
