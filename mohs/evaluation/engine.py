@@ -276,13 +276,16 @@ class _Evaluation:
         wanted = record.correct & record.examples.control
         wanted[order[: max(math.ceil(step.share * len(order)), math.ceil(record.n * LEAST))]] = True
         order = np.concatenate([order, np.flatnonzero(wanted & ~alive)])
+        # no more padding than the step needs; counted before what an earlier sitting has answered, so that bits stay equal
+        rows = int(wanted.sum()) * step.restarts * max(_header.aims(step, self.classes), 1)
+        batch = min(self.batch, max(8, 1 << max(0, rows - 1).bit_length()))
         wanted[self.run.ledger.answered(index)] = False
         todo = torch.from_numpy(order[wanted[order]]).to(self.x.device)
         name = f"{index + 1}/{len(self.steps)} {step.label}"
         self.notify(name, 0, len(todo), 0)
         if not len(todo):
             return
-        job = self._job(attack, todo, **self._settings(step), start=self._start(step, todo, alive))
+        job = self._job(attack, todo, **self._settings(step), start=self._start(step, todo, alive), batch=batch)
         began, done = time.perf_counter(), 0
         for final in job.run():
             self._write(index, todo[final], job.outcome(final), alive)
@@ -402,9 +405,8 @@ class _Evaluation:
         return {"restarts": step.restarts, "aims": _header.aims(step, self.classes), "rank": rank}
 
     def _job(self, attack: Any, todo: Tensor, **settings: Any) -> Job:
-        return Job(
-            attack, self.model, self.x[todo], self.y[todo], self.threat, seed=self.seed, batch=self.batch, **settings
-        )
+        batch = settings.pop("batch", self.batch)
+        return Job(attack, self.model, self.x[todo], self.y[todo], self.threat, seed=self.seed, batch=batch, **settings)
 
     def _padded(self, x: Tensor) -> Tensor:
         return x[torch.arange(self.batch, device=x.device).clamp_max(len(x) - 1)]

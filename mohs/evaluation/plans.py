@@ -181,7 +181,7 @@ def available_plans() -> list[str]:
     """Names of the built-in plans, sorted.
 
     >>> available_plans()
-    ['quick', 'standard']
+    ['autoattack', 'quick', 'standard', 'thorough']
     """
     return sorted(p.stem for p in _FOLDER.glob("*.toml"))
 
@@ -214,7 +214,7 @@ def load_plan(source: str | Path | Plan) -> Plan:
         UsageError: no such plan or file, no TOML, or anything in it is unknown; the message lists what is allowed.
 
     >>> [step.label for step in load_plan("quick").steps]
-    ['FGSM CE', 'PGD-20 margin', 'PGD-20 CE x2']
+    ['APGD-10 probability_margin', 'APGD-25 probability_margin, nearest 50%', 'APGD-50 probability_margin, nearest 25%', 'SPGD-60 CE']
     """
     if isinstance(source, Plan):
         return source

@@ -80,7 +80,7 @@ def test_a_model_that_changes_its_input_is_refused() -> None:
     ("attack", "change", "words"),
     [
         (PGD, {}, "made with parentheses"),
-        ("PGD", {}, "FGSM, BIM, PGD, DeepFool"),
+        ("PGD", {}, "FGSM, BIM, PGD"),
         (PGD(), {"stop": "success"}, "Stop.SUCCESS"),
         (PGD(), {"seed": 1.5}, "whole number"),
         (PGD(), {"eps": 0.1}, "shape"),
