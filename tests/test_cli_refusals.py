@@ -209,7 +209,9 @@ def test_infinite_radius(shop: Shop) -> None:
 
 def test_unknown_plan(shop: Shop) -> None:
     said = shop.refused("run", *shop.model, *shop.how(plan="brutal"))
-    assert in_order(said, "no plan 'brutal'", "Allowed: autoattack, quick, standard, thorough, or the path of a .toml file")
+    assert in_order(
+        said, "no plan 'brutal'", "Allowed: autoattack, quick, standard, thorough, or the path of a .toml file"
+    )
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,15 @@ class DeepFool:
         logits = view.logits
         classes, norm, last, first = state.classes, state.norm, state.gap, state.first
         push, eaten, polished = state.push, state.eaten, state.polished
-        if k == 0 or classes is None or norm is None or last is None or first is None or push is None:
+        if (
+            classes is None
+            or norm is None
+            or last is None
+            or first is None
+            or push is None
+            or eaten is None
+            or polished is None
+        ):
             classes = self._candidates(problem, view)
             norm = torch.zeros_like(classes, dtype=x.dtype)
             last = first = torch.full_like(logits[:, 0], math.inf)

@@ -197,7 +197,12 @@ def test_counters_equal_the_documented_cost(name: str, classes: int) -> None:
         assert max(out.forwards.tolist()) <= forwards
     else:
         assert out.forwards.tolist() == [forwards] * 5
-    if name in ("DeepFool", "FAB", "JSMA", "SparseFool"):  # a limit: classes that cannot be the nearest are not linearised
+    if name in (
+        "DeepFool",
+        "FAB",
+        "JSMA",
+        "SparseFool",
+    ):  # a limit: classes that cannot be the nearest are not linearised
         assert max(out.backwards.tolist()) <= backwards
         assert (model.forwards, model.backwards) <= (forwards, backwards)
         assert int(out.backwards.max()) <= model.backwards <= int(out.backwards.sum())
