@@ -87,13 +87,15 @@ The loop, its checkpoints and its early warning are the same for all of them.
 def index(head: str, classes: list[type]) -> str:
     """The list of a folder's methods."""
     access = any(_access(c) for c in classes)
-    columns = ["name", "what it does", *(["regions", "radius", "needs"] if access else [])]
+    attacks = all(map(_is_attack, classes))
+    columns = ["name", "what it does", *(["regions", "radius"] if attacks else []), *(["needs"] if access else [])]
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for c in classes:
         first = _prose((inspect.getdoc(c) or "").splitlines()[0]).replace("|", "\\|")
         cells = [f"[{c.__name__}]({c.__name__.lower()}.md)", first]
-        if access:
-            cells += [_regions(c), "fixed" if getattr(c, "finite", True) else "fixed, smallest", _access(c)]
+        if attacks:
+            cells += [_regions(c), "fixed" if getattr(c, "finite", True) else "fixed, smallest"]
+        cells += [_access(c)] if access else []
         rows.append(f"| {' | '.join(cells)} |")
     return NOTICE.format(source="the code") + "\n" + head + "\n" + "\n".join(rows) + "\n"
 
@@ -105,6 +107,7 @@ def method(cls: type) -> str:
     facts = [f"`mohs.{'.'.join(cls.__module__.split('.')[1:-1])}.{cls.__name__}({call})`"]
     if access := _access(cls):
         facts.append(f"Needs access {access}.")
+    if _is_attack(cls):
         facts.append(f"Regions: {_regions(cls)}.")
     if (finite := getattr(cls, "finite", None)) is not None:
         facts.append("Needs a finite radius." if finite else "Also takes an infinite radius: the smallest change.")
@@ -157,6 +160,10 @@ def _prose(text: str) -> str:
 def _access(cls: type) -> str:
     needs = getattr(cls, "needs", None)
     return needs.name if needs is not None else ""
+
+
+def _is_attack(cls: type) -> bool:
+    return hasattr(cls, "step")
 
 
 def _regions(cls: type) -> str:
