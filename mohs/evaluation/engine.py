@@ -278,7 +278,8 @@ class _Evaluation:
         order = np.concatenate([order, np.flatnonzero(wanted & ~alive)])
         # no more padding than the step needs; counted before what an earlier sitting has answered, so that bits stay equal
         rows = int(wanted.sum()) * step.restarts * max(_header.aims(step, self.classes), 1)
-        batch = min(self.batch, max(8, 1 << max(0, rows - 1).bit_length()))
+        batches = max(1, math.ceil(rows / self.batch))
+        batch = min(self.batch, 8 * max(1, math.ceil(rows / batches / 8)))
         wanted[self.run.ledger.answered(index)] = False
         todo = torch.from_numpy(order[wanted[order]]).to(self.x.device)
         name = f"{index + 1}/{len(self.steps)} {step.label}"
