@@ -19,7 +19,7 @@ import torch
 
 import mohs
 from mohs import errors
-from mohs.cli import run
+from mohs.cli import run, screen
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -27,6 +27,7 @@ GENERATED = ("attacks", "certificates", "training")
 ALL = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 WRITTEN = [p for p in ALL if p.parent.name not in GENERATED and p.name not in ("cli.md", "README.zh.md")]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+WIDTH = 100  # columns of the terminal that the pages show
 NUMBER = re.compile(r"\d[\d,]*\.?\d*")
 
 
@@ -49,6 +50,7 @@ def test_code_on_the_page_runs_and_prints_what_it_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(screen.out, "width", WIDTH)
     namespace: dict[str, object] = {"__name__": "page"}
     printed = ""
     for kind, content in blocks(page):
