@@ -45,7 +45,9 @@ class TestBuiltIn:
 
     def test_autoattack_is_what_it_says(self) -> None:
         plan = load_plan("autoattack")
-        assert [(step.build(), step.restarts, step.aims) for step in plan.steps] == ABOUT_AUTOATTACK
+        for norm in ("linf:0.1", "l2:1"):
+            steps = [step for step in plan.steps if not step.elsewhere(Threat.parse(norm))]
+            assert [(step.build(), step.restarts, step.aims) for step in steps] == ABOUT_AUTOATTACK
         assert all(step.share == 1 and step.start == "own" for step in plan.steps)
 
     def test_later_stages_of_the_others_never_take_more_of_the_survivors(self) -> None:
@@ -104,7 +106,7 @@ class TestRepr:
             "'objective', 'probability_margin'",
             "restarts=1",
             "aims=0",
-            "share=0.5",
+            "share=0.25",
         ):
             assert part in text
 

@@ -124,3 +124,49 @@ def test_a_row_whose_logits_are_not_finite_is_marked_and_the_others_go_on() -> N
     assert not bool(out.error[good].any())
     assert not bool(out.success[bad].any())
     assert torch.equal(out.x[good], alone.x[good])
+
+
+def test_a_second_try_from_a_start_is_another_try() -> None:
+    net, x = conv_net(), inputs(16, 1, 12, 12)
+    y = net(x).argmax(1)
+    job = mohs.attacks.Job(PGD(steps=2), net, x, y, mohs.Threat.parse("linf:0.05"), start=x, restarts=2)
+    index = torch.arange(16)
+    first, second = job._problem(index, torch.zeros_like(index)), job._problem(index, torch.ones_like(index))
+    assert torch.equal(first.start(), x)
+    assert not torch.equal(second.start(), x)
+
+
+@pytest.mark.parametrize("rank", [by_logit, mohs.attacks.by_distance])
+def test_the_label_is_never_aimed_at_before_masked_classes(rank: object) -> None:
+    net = nn.Linear(6, 5).eval()
+
+    class Masked(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return torch.cat([net(z)[:, :2], torch.full((len(z), 3), -math.inf)], 1)
+
+    x = inputs(20, 6)
+    y = Masked()(x).argmax(1)
+    job = mohs.attacks.Job(
+        PGD(steps=1), Masked().eval(), x, y, mohs.Threat.parse("linf:0.01"), aims=4, rank=rank, batch=32
+    )
+    ranked = job._rank_classes()
+    assert not bool((ranked == y.unsqueeze(1)).any())
+
+
+def test_aims_that_the_access_does_not_pay_for_are_refused_at_once() -> None:
+    net, x = relu_net((6,)), inputs(8, 6)
+    threat = mohs.Threat(mohs.Linf(0.1), access=mohs.Access.SCORE)
+    with pytest.raises(mohs.errors.AccessError, match="needs access LOGIT"):
+        mohs.attack(mohs.attacks.Square(steps=3), net, x, net(x).argmax(1), threat, aims=2)
+    with pytest.raises(UsageError, match="rank must be"):
+        mohs.attack(PGD(steps=3), net, x, net(x).argmax(1), "linf:0.1", aims=2, rank="distance")
+
+
+@pytest.mark.parametrize("form", ["l1:5", "l2:5"])
+def test_square_begins_where_the_box_leaves_it_nothing(form: str) -> None:
+    net, x = relu_net((3,)), torch.zeros(16, 3)
+    y = net(x).argmax(1)
+    for seed in range(8):
+        out = mohs.attack(mohs.attacks.Square(steps=3), net, x, y, form, seed=seed)
+        assert not bool(out.error.any())
+        assert bool(out.x.isfinite().all())

@@ -76,9 +76,10 @@ class Rivals(Rows):
         visits = min(visits, gaps.shape[1])
         for j in range(visits):
             c = order[:, j : j + 1]
-            worth = live
-            if j:
-                worth = live & ~(
+            if j == 0:
+                worth = live
+            else:
+                worth = worth & ~(
                     promise.gather(1, c) > SPREAD * _likely(norm).gather(1, c) * distance.unsqueeze(1)
                 ).squeeze(1)
                 if not bool(worth.any()):

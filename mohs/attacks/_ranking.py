@@ -24,7 +24,7 @@ def by_logit(problem: Problem, count: int) -> Tensor:
     """
     logits = problem.look(problem.x0).logits
     _enough(logits.shape[1], count)
-    return logits.scatter(1, problem.goal.label.unsqueeze(1), -math.inf).argsort(dim=1, descending=True)[:, :count]
+    return _others(logits, problem.goal.label.unsqueeze(1))[:, :count]
 
 
 def by_distance(problem: Problem, count: int, candidates: int = 10) -> Tensor:
@@ -43,7 +43,7 @@ def by_distance(problem: Problem, count: int, candidates: int = 10) -> Tensor:
     view = problem.linearize(problem.x0)
     logits, label = view.logits, problem.goal.label.unsqueeze(1)
     _enough(logits.shape[1], count)
-    ranked = logits.scatter(1, label, -math.inf).argsort(dim=1, descending=True, stable=True)
+    ranked = _others(logits, label)
     tried = ranked[:, : min(max(count, candidates), logits.shape[1] - 1)]
     gap = logits.gather(1, label) - logits.gather(1, tried)
     region = problem.threat.region
@@ -55,6 +55,12 @@ def by_distance(problem: Problem, count: int, candidates: int = 10) -> Tensor:
         distance[:, j] = torch.where(steep > 0, gap[:, j] / steep, math.inf)
     distance = torch.where(gap < 0, gap, distance)
     return tried.gather(1, distance.argsort(dim=1, stable=True))[:, :count]
+
+
+def _others(logits: Tensor, label: Tensor) -> Tensor:
+    """Classes by falling logit, the label behind all others, masked ones (-inf) too."""
+    finite = logits.clamp_min(torch.finfo(logits.dtype).min)
+    return finite.scatter(1, label, -math.inf).argsort(dim=1, descending=True, stable=True)
 
 
 def _enough(classes: int, count: int) -> None:

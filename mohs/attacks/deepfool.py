@@ -151,7 +151,9 @@ class DeepFool:
         norm = norm.clone()
         for j in range(visits):
             c = order[:, j : j + 1]
-            worth = _worth(nearest, gap, norm, c) & seeking if j else polished == 0
+            if j:  # who has passed over a class passes over all that follow
+                seeking = seeking & _worth(nearest, gap, norm, c)
+            worth = seeking if j else polished == 0
             if j and not bool(worth.any()):
                 break  # and so for all that follow
             cotangent = torch.zeros_like(logits)

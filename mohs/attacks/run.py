@@ -26,8 +26,9 @@ from mohs.attacks._quiet import QuietGenerators, keep_memory
 from mohs.attacks._ranking import Ranking, by_logit
 from mohs.errors import AccessError, ThreatError, UsageError
 from mohs.problem import Findings, Goal, Problem
+from mohs.regions import per_row
 from mohs.target import Target
-from mohs.threat import Threat
+from mohs.threat import Access, Threat
 
 WAVE = 8
 """Batches per wave: enough to fill holes, few enough that the wave's rows stay in memory."""
@@ -150,6 +151,13 @@ class Job:
                 f"{attack!r} needs a finite radius; got {threat}. Give one, such as '{threat.region.name}:0.1', or use a "
                 "minimum-norm attack such as DeepFool."
             )
+        if not callable(rank):
+            raise UsageError(f"rank must be mohs.attacks.by_logit, by_distance or a function like these; got {rank!r}.")
+        if aims and threat.access < Access.LOGIT and guide is None:
+            raise AccessError(
+                f"aims ranks the classes by their logits, which needs access LOGIT; the threat {threat} grants "
+                f"{threat.access.name}. Leave aims out, or use Threat(access=Access.LOGIT)."
+            )
         if reason := refused_norm(attack, threat):
             raise ThreatError(f"{reason}. Choose one of these, or another attack.")
         self.attack, self.threat, self.seed = attack, threat, seed
@@ -265,6 +273,11 @@ class Job:
         warm = None
         if self.start is not None:
             warm = self.threat.region.project(self.start[example].to(x0), x0, eps, self.threat.box)
+            if bool((restart > 0).any()) and bool(
+                eps.isfinite().all()
+            ):  # the same start again would be the same try again
+                own = self.threat.region.start(x0, eps, self.threat.box, key)
+                warm = torch.where(per_row(restart > 0, x0), own, warm)
         return Problem(self.target, self.threat, x0, eps, goal, key, example, number, restart, Findings.none(x0), warm)
 
     def _padded(self, problem: Problem) -> Problem:

@@ -192,8 +192,10 @@ def fill(problem: Problem, change: Tensor) -> Tensor:
     """The clean input plus ``change``, as long as eps allows; what the box cuts off is given to the rest."""
     region, x0 = problem.threat.region, problem.x0
     for _ in range(ROUNDS):
-        size = region.measure(change, torch.zeros_like(change)).clamp_min_(torch.finfo(x0.dtype).tiny)
-        x = (x0 + change * per_row(problem.eps / size, x0)).clamp_(*problem.threat.box)
+        size = region.measure(change, torch.zeros_like(change))
+        # where the box has cut off all of it there is nothing to stretch
+        factor = torch.where(size > 0, problem.eps / size.clamp_min(torch.finfo(x0.dtype).tiny), 0.0)
+        x = (x0 + change * per_row(factor, x0)).clamp_(*problem.threat.box)
         change = x - x0
     return problem.project(x)
 

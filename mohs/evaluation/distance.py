@@ -13,16 +13,16 @@ from mohs.attacks import DDN, FAB, FMN, PDPGD, Attack, DeepFool, SigmaZero, atta
 from mohs.errors import ThreatError, UsageError
 from mohs.threat import Threat
 
-Leg = tuple[Callable[[int], Attack], float, int]
-"""An attack by its number of steps, its share of the budget, and the passes of a step (of FAB about four: it linearises
-several classes)."""
+Leg = tuple[Callable[[int], Attack], float, int, int]
+"""An attack by its number of steps, its share of the budget, the passes of a step, and those beyond its steps: FAB and
+DeepFool linearise several classes, at first more of them."""
 
 ENSEMBLE: dict[str, tuple[Leg, ...]] = {
-    "linf": ((PDPGD, 0.6, 2), (FMN, 0.2, 2), (FAB, 0.2, 4)),
-    "l2": ((DDN, 0.6, 2), (FMN, 0.2, 2), (FAB, 0.2, 4)),
-    "l1": ((PDPGD, 0.8, 2), (FAB, 0.2, 4)),
-    "l0": ((SigmaZero, 1.0, 2),),
-    "lp": ((DeepFool, 0.4, 4), (FAB, 0.6, 4)),
+    "linf": ((PDPGD, 0.6, 2, 1), (FMN, 0.2, 2, 1), (FAB, 0.2, 4, 8)),
+    "l2": ((DDN, 0.6, 2, 1), (FMN, 0.2, 2, 1), (FAB, 0.2, 4, 8)),
+    "l1": ((PDPGD, 0.8, 2, 1), (FAB, 0.2, 4, 8)),
+    "l0": ((SigmaZero, 1.0, 2, 1),),
+    "lp": ((DeepFool, 0.4, 5, 8), (FAB, 0.6, 4, 8)),
 }
 """Which attacks run in which region, one after the other, each from the best point so far: first one that crosses valleys,
 then one that follows the boundary, last one that is exact where the boundary is straight."""
@@ -89,7 +89,7 @@ def minimum_norm(
         x: clean inputs [N, ...].
         y: true classes [N]; an example that is wrong from the start has size 0.
         threat: region and box; the radius must be infinite, such as ``"l2:inf"`` (or just ``"l2"``).
-        passes: forwards plus backwards per example, all attacks together.
+        passes: forwards plus backwards per example at most, all attacks together.
         targets: classes to reach instead [N].
         seed: of the random streams.
         batch: physical batch size.
@@ -105,20 +105,23 @@ def minimum_norm(
     >>> round(float(found.size), 3)  # exactly 0.2 / sqrt(2) = 0.1414
     0.141
     """
-    threat = Threat.parse(f"{threat}:inf" if isinstance(threat, str) and ":" not in threat else threat)
+    if isinstance(threat, str) and ":" not in threat:
+        norm, space, box = threat.partition(" ")
+        threat = f"{norm}:inf{space}{box}"
+    threat = Threat.parse(threat)
     if not threat.minimum:
         raise ThreatError(
             f"minimum_norm looks for the smallest change; got {threat}. Give an infinite radius, such as "
             f"'{threat.region.name}:inf', or use mohs.attack at a radius."
         )
     relay = ENSEMBLE[threat.region.kind]
-    least = max(math.ceil(cost / share) for _, share, cost in relay)
-    if not isinstance(passes, int) or passes < least:
+    least = max(math.ceil((cost + beyond) / share) for _, share, cost, beyond in relay)
+    if type(passes) is not int or passes < least:
         raise UsageError(f"passes must be a whole number >= {least} for {threat.region.name}; got {passes!r}.")
     best, size = x.detach().clone(), x.new_full((len(x),), torch.inf)
     by, spent = [""] * len(x), y.new_zeros((2, len(x)))
-    for make, share, cost in relay:
-        one = make(int(share * passes / cost))
+    for leg, (make, share, cost, beyond) in enumerate(relay):
+        one = make(int((share * passes - beyond) / cost))
         name = type(one).__name__
 
         def tell(done: int, _: int, name: str = name) -> None:
@@ -127,7 +130,7 @@ def minimum_norm(
 
         found = attack(
             one, model, x, y, threat, targets=targets, seed=seed, batch=batch, progress=tell,
-            start=best if bool(size.isfinite().any()) else None,
+            start=best if leg else None,
         )  # fmt: skip
         closer = found.size < size
         best[closer], size[closer] = found.x[closer], found.size[closer]

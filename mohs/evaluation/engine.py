@@ -23,6 +23,7 @@ from mohs.data import Dataset
 from mohs.errors import CertificateContradicted, ModelError, ThreatError, UsageError, rows_text
 from mohs.evaluation import _header, claims
 from mohs.evaluation._given import dataset
+from mohs.evaluation._order import WORTH, portions, survivors
 from mohs.evaluation._quiet import untouched
 from mohs.evaluation.checks import check
 from mohs.evaluation.plans import Plan, PlanStep, load_plan
@@ -35,8 +36,6 @@ CONTROL = 100
 """Size of the control subset: every attack runs on all of it, so that their strengths can be compared."""
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Radii of the accuracy curve, in units of the threat's."""
-LEAST = 1 / 32
-"""Share of all examples below which no step of a plan cuts the survivors: on so few, any step costs little beside the first."""
 TRACED, TRACE_RESTARTS = 6, 5
 """Loss curves: examples of the control subset, restarts each."""
 Notify = Callable[[str, int, int, int], None]
@@ -73,8 +72,8 @@ def evaluate(
             that lives as long as the returned record.
         certificates: such as ``[mohs.certificates.CROWN()]``.
         seed: of all randomness; the global generators are not touched.
-        batch: physical batch size; results are bit-identical for equal ``batch``. Default: 256,
-            fewer for large inputs.
+        batch: physical batch size at most. A step on fewer rows takes smaller batches, so results are bit-identical for equal
+            examples and equal ``batch``, and within rounding otherwise. Default: 256, fewer for large inputs.
         control: size of the random subset that every attack runs in full, so that their strengths can be compared; the
             accuracy curve and the loss curves come from it too. Default: 100; 0 saves these passes.
         stated_accuracy: clean accuracy the model is said to have, checked against the measured one.
@@ -110,7 +109,7 @@ def evaluate(
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), data.x.device)
     x, y = ((t.clone() if t.is_inference() else t).to(device) for t in data)
     check_inputs(x, y, threat, batch=batch)
-    if control is not None and (not isinstance(control, int) or control < 0):
+    if control is not None and (type(control) is not int or control < 0):
         raise UsageError(
             f"control must be a whole number >= 0 (how many examples every attack runs in full); got {control!r}."
         )
@@ -220,8 +219,8 @@ class _Evaluation:
                 self._certify(certificate)
             self._loss_curves()
             run.update(curve=self._curve())
+            run.ledger.drop_nearest()
             findings = findings + self._changed()
-        run.ledger.drop_nearest()
         record = run.record()
         run.finish(
             limits=list(dict.fromkeys([*self.plan.skipped(self.threat), *run.header.limits])), checks=findings,
@@ -269,24 +268,29 @@ class _Evaluation:
     def _attack(self, index: int, step: PlanStep, attack: Any) -> None:
         """One attack on whoever is still right, and on the control subset."""
         record = self.run.record()
-        earlier = (record.breaker >= 0) & (record.breaker < index)
-        alive, margin = record.correct & ~earlier, _margins(record, index)
-        order = np.lexsort((np.arange(record.n), -margin))  # nearest to breaking first
-        order = order[alive[order]]
-        wanted = record.correct & record.examples.control
-        wanted[order[: max(math.ceil(step.share * len(order)), math.ceil(record.n * LEAST))]] = True
-        order = np.concatenate([order, np.flatnonzero(wanted & ~alive)])
-        # no more padding than the step needs; counted before what an earlier sitting has answered, so that bits stay equal
-        rows = int(wanted.sum()) * step.restarts * max(_header.aims(step, self.classes), 1)
-        batches = max(1, math.ceil(rows / self.batch))
-        batch = min(self.batch, 8 * max(1, math.ceil(rows / batches / 8)))
-        wanted[self.run.ledger.answered(index)] = False
-        todo = torch.from_numpy(order[wanted[order]]).to(self.x.device)
+        alive, answered = survivors(record, index), set(self.run.ledger.answered(index).tolist())
         name = f"{index + 1}/{len(self.steps)} {step.label}"
-        self.notify(name, 0, len(todo), 0)
-        if not len(todo):
-            return
-        job = self._job(attack, todo, **self._settings(step), start=self._start(step, todo, alive), batch=batch)
+        for portion in portions(record, index, step.share):
+            # no more padding than the portion needs; counted with what an earlier sitting answered, so that bits stay equal
+            rows = len(portion) * step.restarts * max(_header.aims(step, self.classes), 1)
+            batches = max(1, math.ceil(rows / self.batch))
+            batch = min(self.batch, 8 * max(1, math.ceil(rows / batches / 8)))
+            todo = torch.tensor(
+                [i for i in portion.tolist() if i not in answered], device=self.x.device, dtype=torch.int64
+            )
+            self.notify(name, 0, len(todo), 0)
+            if len(todo):
+                start = self._start(step, todo, alive, any(a < index for a in record.attacks))
+                self._run(
+                    index, name, self._job(attack, todo, **self._settings(step), start=start, batch=batch), todo, alive
+                )
+            found = self.run.ledger.results(index)
+            broken = np.isin(portion[alive[portion]], found.example[found.success]).sum()
+            if broken < WORTH * max(int(alive[portion].sum()), 1):
+                break
+
+    def _run(self, index: int, name: str, job: Job, todo: Tensor, alive: np.ndarray) -> None:
+        """Run a job and write down each example as soon as its answer is final."""
         began, done = time.perf_counter(), 0
         for final in job.run():
             self._write(index, todo[final], job.outcome(final), alive)
@@ -295,17 +299,21 @@ class _Evaluation:
             began, done = now, done + len(final)
             self.notify(name, done, len(todo), int((job.success & job.emitted).sum()))
 
-    def _start(self, step: PlanStep, todo: Tensor, alive: np.ndarray) -> Tensor | None:
-        """Where the step begins: at what earlier ones found; an example they broke or never tried begins at its input."""
-        if step.start != "best":
+    def _start(self, step: PlanStep, todo: Tensor, alive: np.ndarray, later: bool) -> Tensor | None:
+        """Where the step begins: at what earlier ones found; an example they broke or never tried begins at its input.
+
+        Under a limit of queries each step is an attacker of its own, who knows nothing of the others.
+        """
+        if step.start != "best" or not later or self.threat.queries is not None:
             return None
-        points = self.x.clone()
-        ids, nearest = self.run.ledger.nearest()
-        if not len(ids):
-            return None  # it is the first that runs here
-        keep = alive[ids]
-        points[torch.from_numpy(ids[keep])] = torch.from_numpy(nearest[keep]).to(points)
-        return points[todo]
+        points, position = (
+            self.x[todo].clone(),
+            {example: at for at, example in enumerate(todo.tolist()) if alive[example]},
+        )
+        ids, nearest = self.run.ledger.nearest(position)
+        if len(ids):
+            points[[position[i] for i in ids.tolist()]] = torch.from_numpy(nearest).to(points)
+        return points
 
     def _write(self, index: int, ids: Tensor, found: Outcome, alive: np.ndarray) -> None:
         """Record the examples whose answer has just become final, in one transaction."""
@@ -357,7 +365,7 @@ class _Evaluation:
         """Madry's figure 1: the objective against the step, several restarts of a few control examples."""
         attack, record = self._curve_attack(), self.run.record()
         chosen = np.flatnonzero(record.examples.control & record.correct)[:TRACED]
-        restarts = TRACE_RESTARTS if getattr(attack, "random", True) else 1
+        restarts = min(TRACE_RESTARTS, self.threat.queries or TRACE_RESTARTS) if getattr(attack, "random", True) else 1
         # written one by one, so a killed run may hold some of them
         if attack is None or len(record.traces()) == len(chosen) * restarts:
             return
@@ -427,13 +435,3 @@ class _Evaluation:
         if not labels:
             return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
         return tuple(torch.cat(v).cpu().numpy() for v in (labels, margins, confidences))  # type: ignore[return-value]
-
-
-def _margins(record: records.Record, before: int) -> np.ndarray:
-    """How near each example came to breaking in the attacks before one, [N]: the highest margin of the attacker."""
-    best = -record.examples.clean_margin
-    for index in record.attacks:
-        if index < before:
-            rows = record.results(index)
-            best[rows.example] = np.fmax(best[rows.example], rows.margin)
-    return np.nan_to_num(best, nan=-np.inf)

@@ -87,7 +87,7 @@ class PlanStep:
                 raise UsageError(f"{name}: {key} must be one of {', '.join(allowed)}; got {choice!r}.")
         if type(share) not in (int, float) or not 0 < share <= 1:
             raise UsageError(f"{name}: share must be above 0 and at most 1; got {share!r}.")
-        if isinstance(only, str) or not all(norm in KINDS for norm in only):
+        if not isinstance(only, list | tuple) or not all(norm in KINDS for norm in only):
             raise UsageError(f"{name}: only lists regions, of {', '.join(KINDS)}; got {only!r}.")
         skips = tuple(sorted((skip or {}).items()))
         if not all(isinstance(reason, str) and reason for _, reason in skips):
@@ -130,6 +130,7 @@ class PlanStep:
     def refusal(self, threat: Threat) -> str | None:
         """Why this step cannot run under a threat, or None if it can."""
         from mohs.attacks.run import refused_norm
+        from mohs.threat import Access
 
         for norm, reason in self.skips:
             if threat.region.name.removesuffix("-features") == norm:
@@ -137,8 +138,13 @@ class PlanStep:
         attack = self.build()
         if (refused := refused_norm(attack, threat)) is not None:
             return refused
-        if attack.needs > threat.access:
-            return f"{self.name} needs access {attack.needs.name}; the threat grants {threat.access.name}"
+        aimed = (Access.GRADIENT if self.rank == "distance" else Access.LOGIT) if self.aims else Access.NONE
+        needs = max(attack.needs, aimed)
+        if needs > threat.access:
+            return f"{self.name} needs access {needs.name}; the threat grants {threat.access.name}"
+        rows = self.restarts * max(self.aims if self.aims < ALL_CLASSES else 1, 1)
+        if threat.queries is not None and threat.queries - bool(self.aims) < rows:
+            return f"{self.name} makes {rows} tries per example; the threat allows {threat.queries} queries"
         if attack.finite and threat.minimum:
             return f"{self.name} needs a finite radius; the threat is {threat}"
         return None
@@ -213,8 +219,9 @@ def load_plan(source: str | Path | Plan) -> Plan:
     Raises:
         UsageError: no such plan or file, no TOML, or anything in it is unknown; the message lists what is allowed.
 
-    >>> [step.label for step in load_plan("quick").steps]
-    ['APGD-10 probability_margin', 'APGD-25 probability_margin, nearest 50%', 'APGD-50 probability_margin, nearest 25%', 'SPGD-60 CE']
+    >>> [step.label for step in load_plan("quick").steps]  # doctest: +NORMALIZE_WHITESPACE
+    ['APGD-10 probability_margin', 'APGD-25 probability_margin, nearest 25%', 'APGD-20 margin 5 aims, nearest 12%',
+    'APGD-50 probability_margin, nearest 12%', 'SPGD-60 CE']
     """
     if isinstance(source, Plan):
         return source

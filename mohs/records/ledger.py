@@ -260,10 +260,11 @@ class Ledger:
         query = "SELECT dtype, shape, blob FROM points WHERE attack=? AND example=?"
         return self._blobs(query, (attack,), ids, examples)
 
-    def nearest(self) -> tuple[NDArray[np.int64], NDArray[Any]]:
-        """Points to begin from, of examples that were not broken: positions [M] and points [M, ...]."""
+    def nearest(self, examples: Iterable[int] | None = None) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """Points to begin from, of those of the examples that have one: positions [M] and points [M, ...]."""
         ids = self._ids("SELECT example FROM nearest ORDER BY example")
-        return self._blobs("SELECT dtype, shape, blob FROM nearest WHERE example=?", (), ids, None)
+        wanted = ids if examples is None else sorted(set(examples) & set(ids))
+        return self._blobs("SELECT dtype, shape, blob FROM nearest WHERE example=?", (), ids, wanted)
 
     def inputs(self, examples: Iterable[int] | None = None) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """The stored clean inputs: positions [M] and inputs [M, ...]."""

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_problem import evaluate, relay_plan
+from engine_problem import conv, evaluate, images, relay_plan
+from torch import Tensor, nn
 
-from mohs import records
+import mohs
+from mohs import Access, Threat, records
 from mohs.errors import UsageError
-from mohs.evaluation import Plan, PlanStep, engine
+from mohs.evaluation import Plan, PlanStep, _order, engine
 from mohs.records.ledger import Ledger
 
 SMALL = "linf:0.01"
@@ -70,7 +72,7 @@ def test_few_survivors_are_not_cut(tmp_path: Path) -> None:
     record = evaluate(plan=plan, threat=SMALL, out=tmp_path / "run")
     alive = record.correct & ((record.breaker < 0) | (record.breaker >= 1))
     ran = record.results(1).example
-    assert len(set(ran.tolist()) & set(np.flatnonzero(alive).tolist())) >= np.ceil(record.n * engine.LEAST)
+    assert len(set(ran.tolist()) & set(np.flatnonzero(alive).tolist())) >= np.ceil(record.n * _order.LEAST)
 
 
 def test_a_first_step_from_the_best_point_begins_by_itself(tmp_path: Path) -> None:
@@ -84,8 +86,6 @@ def test_a_first_step_from_the_best_point_begins_by_itself(tmp_path: Path) -> No
 @pytest.mark.parametrize("threat", ["linf:0.05", "l2:0.3", "l1:1", "l3:0.3", "l0:2"])
 @pytest.mark.parametrize("plan", ["quick", "standard"])
 def test_built_in_plans_serve_every_region(plan: str, threat: str, tmp_path: Path) -> None:
-    from engine_problem import images
-
     record = evaluate(images().take(8), plan=plan, threat=threat, out=tmp_path / "run")
     assert len(record.header.attacks) >= 1
     assert record.header.status == "complete"
@@ -126,3 +126,75 @@ def test_a_bad_control_subset_is_refused(control: object, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="control must be a whole number"):
         evaluate(control=control, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class Rippled(nn.Module):
+    """A net whose gradients point nowhere: its input is shaken faster than any step can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + 0.004 * (800 * x).sin())
+
+
+def test_a_step_goes_on_as_long_as_it_breaks_what_it_is_given(tmp_path: Path) -> None:
+    data, model = images().take(200), Rippled().eval()
+    plan = Plan("masked", (PlanStep.make("FGSM"), PlanStep.make("Square", {"steps": 200}, start="best", share=0.125)))
+    record = evaluate(data, model, plan=plan, threat="linf:0.1", out=tmp_path / "a", control=0)
+    whole = Plan("whole", (PlanStep.make("FGSM"), PlanStep.make("Square", {"steps": 200}, start="best")))
+    every = evaluate(data, model, plan=whole, threat="linf:0.1", out=tmp_path / "b", control=0)
+    given = record.header.attacks[1].given
+    alive = int((record.correct & (record.breaker != 0)).sum())
+    assert given > 2 * int(np.ceil(0.125 * alive)), "the first portion broke, so more must follow"
+    assert int(record.survived.sum()) - int(every.survived.sum()) <= 0.1 * alive
+
+
+def test_whom_no_attack_has_tried_is_never_cut(tmp_path: Path) -> None:
+    plan = Plan("black", (PlanStep.make("PGD"), PlanStep.make("Square", {"steps": 10}, share=0.1)))
+    threat = Threat(mohs.Linf(0.002), access=Access.SCORE)
+    record = evaluate(plan=plan, threat=threat, out=tmp_path / "run", control=0)
+    assert record.attacks == [0]  # of those that can run
+    assert len(record.results(0)) == int(record.correct.sum())
+
+
+def test_resuming_inside_a_first_step_that_would_begin_at_the_best_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mohs.attacks.run.WAVE", 1)  # so that a step is written down in several parts
+    square = PlanStep.make("Square", {"steps": 12}, start="best")
+    plan = Plan("squares", (square, PlanStep.make("Square", {"steps": 14}, start="best")))
+    settings = {"plan": plan, "threat": Threat(mohs.Linf(0.02), access=Access.SCORE), "batch": 8}
+    whole = evaluate(out=tmp_path / "whole", **settings)
+
+    def interrupt(stage: str, done: int, total: int, broken: int) -> None:
+        if stage.startswith("1/2") and 0 < done < total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(out=tmp_path / "again", notify=interrupt, **settings)
+    again = evaluate(out=tmp_path / "again", **settings)
+    assert again.header.ledger_digest == whole.header.ledger_digest
+
+
+def test_a_limit_of_queries_is_not_stretched_by_going_on(tmp_path: Path) -> None:
+    plan = Plan(
+        "limited", (PlanStep.make("Square", {"steps": 30}), PlanStep.make("Square", {"steps": 31}, start="best"))
+    )
+    threat = Threat(mohs.Linf(0.02), access=Access.SCORE, queries=10)
+    chained = evaluate(plan=plan, threat=threat, out=tmp_path / "a")
+    alone = Plan("alone", (PlanStep.make("Square", {"steps": 30}), PlanStep.make("Square", {"steps": 31})))
+    apart = evaluate(plan=alone, threat=threat, out=tmp_path / "b")
+    assert chained.results(1).margin.tolist() == apart.results(1).margin.tolist()
+    assert int(chained.results(1).queries.max()) <= 10
+
+
+def test_what_a_threat_cannot_pay_for_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    plan = Plan("aimed", (PlanStep.make("Square", {"steps": 5}), PlanStep.make("Square", {"steps": 5}, aims=3)))
+    scores = evaluate(plan=plan, threat=Threat(mohs.Linf(0.02), access=Access.SCORE), out=tmp_path / "a")
+    assert scores.attacks == [0]
+    assert any("needs access LOGIT" in limit for limit in scores.header.limits)
+    few = evaluate(plan=plan, threat=Threat(mohs.Linf(0.02), access=Access.LOGIT, queries=3), out=tmp_path / "b")
+    assert few.attacks == [0]
+    assert any("allows 3 queries" in limit for limit in few.header.limits)
