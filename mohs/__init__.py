@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 # Everything is loaded at its first use: a record is read, compared and shown without torch, and importing costs little.
 _HOME = {
     **{name: f"mohs.{name}" for name in (
-        "attacks", "certificates", "data", "defenses", "evaluation", "minimum_norm", "models", "objectives", "records", "reports",
+        "attacks", "certificates", "data", "defenses", "evaluation", "models", "objectives", "records", "reports",
     )},
     **{name: f"mohs.attacks:{name}" for name in ("Outcome", "Stop", "attack")},
     **{name: f"mohs.regions:{name}" for name in ("L0", "L1", "L2", "Linf", "Lp")},

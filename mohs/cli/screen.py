@@ -71,8 +71,7 @@ def record(rec: Record) -> None:
     """The record as a table and a verdict."""
     head = rec.header
     table = Table(box=None, pad_edge=False, header_style="bold")
-    widest = max([len("(no attack)"), *(len(a.name) for a in head.attacks)])
-    table.add_column("attack", no_wrap=True, min_width=widest)  # names are never cut
+    table.add_column("attack", overflow="fold")  # a long name takes two lines; no name and no figure is cut
     for name in ("given", "broke", "after", "alone", "forwards", "backwards", "sec"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row("(no attack)", str(rec.n), str(rec.n - int(rec.correct.sum())), f"{rec.clean_accuracy:.1%}")
