@@ -119,24 +119,27 @@ class Lp:
     def shortest(self, w: Tensor, gain: Tensor, x: Tensor, box: Box) -> Tensor:
         """The smallest change r with <w, r> = gain [B] and x + r in the box; to the box's corner where none gains that much.
 
-        It is the steepest direction, t times, each coordinate stopped at its bound; the gain is piecewise linear in t, with
-        a kink where a coordinate stops, so one sort gives t in closed form. O(D log D) per row.
+        It is the steepest direction, t times, each coordinate stopped at its bound. The gain is concave and piecewise linear
+        in t, so Newton's iteration comes from below, stops more coordinates each time, and is exact once none is added: a
+        handful of passes over the row, where a sort of the kinks would cost several times as much.
         """
         shape, direction = w.shape, self.steepest(w).flatten(1)
-        pace, w, x = direction.abs(), w.flatten(1), x.flatten(1)
-        moving = pace > 0
-        room = torch.where(w > 0, box[1] - x, x - box[0]).masked_fill_(~moving, 0.0).clamp_min_(0.0)
-        stop, order = torch.where(moving, room / pace, math.inf).sort(dim=1, stable=True)
-        rate = (w.abs() * pace).gather(1, order)
-        full = torch.nn.functional.pad(
-            (w.abs() * room).gather(1, order).cumsum(1), (1, -1)
-        )  # of those that have stopped
-        rest = rate.flip(1).cumsum(1).flip(1)  # of those that still move
-        last = ((full + stop * rest) < gain.unsqueeze(1)).sum(1, keepdim=True)  # the kink behind which t lies
-        inside = last.clamp_max(stop.shape[1] - 1)
-        t = (gain.unsqueeze(1) - full.gather(1, inside)) / rest.gather(1, inside)
-        t = torch.where((last == inside) & t.isfinite(), t, torch.finfo(x.dtype).max)
-        return torch.minimum(t * pace, room).mul_(direction.sign()).view(shape)
+        w, x = w.flatten(1), x.flatten(1)
+        room = torch.where(w > 0, box[1] - x, x - box[0]).clamp_min_(0.0)
+        rate, most = w * direction, (w.abs() * room).masked_fill_(w == 0, 0.0)  # the latter is inf * 0 without a box
+        slope = rate.sum(1)
+        t = torch.where(slope > 0, gain / slope, 0.0)
+        while True:
+            gained = rate * t.unsqueeze(1)
+            left = (rate * (gained < most)).sum(1)
+            fewer = left < slope
+            if not bool(fewer.any()):
+                break
+            missing = gain - torch.minimum(gained, most, out=gained).sum(1)
+            further = torch.where(left > 0, t + missing / left, torch.finfo(x.dtype).max)
+            t = torch.where(fewer, torch.maximum(further, t), t)  # a row that has ended waits for its batch mates
+            slope = torch.minimum(left, slope)
+        return torch.minimum(direction.abs().mul_(t.unsqueeze(1)), room).mul_(direction.sign()).view(shape)
 
     def move(self, x: Tensor, g: Tensor, size: Tensor, x0: Tensor, box: Box) -> Tensor:
         """One ascent step of length ``size`` [B] from ``x`` along ``g``, before projection."""

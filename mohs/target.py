@@ -248,7 +248,7 @@ class Target:
             better = live & ((met & ~found.met) | ((met == found.met) & higher))
             if not bool(better.any()):
                 return lead, met
-            better &= region.contains(x, problem.x0, problem.eps)
+            better &= problem.contains(x)
         better &= _in_box(x, box)
         if bool(better.all()):
             found.x.copy_(x)
@@ -292,5 +292,5 @@ def _refuse_labels(labels: Tensor, classes: int) -> None:
 def _in_box(x: Tensor, box: tuple[float, float]) -> Tensor:
     if math.isinf(box[0]) and math.isinf(box[1]):
         return x.flatten(1).isfinite().all(1)
-    flat = x.flatten(1)
-    return (flat.amin(1) >= box[0]) & (flat.amax(1) <= box[1])
+    low, high = x.flatten(1).aminmax(dim=1)
+    return (low >= box[0]) & (high <= box[1])

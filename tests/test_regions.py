@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
+from scipy.optimize import linprog, minimize
 from torch import Tensor
 
-from mohs import L0, L1, L2, Linf, Lp
+from mohs import L0, L1, L2, Linf, Lp, Threat
 from mohs.errors import ThreatError
 from mohs.regions import Region
 
@@ -353,3 +353,54 @@ def test_powers_give_the_same_bits_wherever_a_row_stands(p: float) -> None:
         assert torch.equal(region.steepest(g.roll(shift, 0)), region.steepest(g).roll(shift, 0))
         starts = region.start(x0, eps, UNIT, keys(7))
         assert torch.equal(region.start(x0.roll(shift, 0), eps, UNIT, keys(7).roll(shift)), starts.roll(shift, 0))
+
+
+@pytest.mark.parametrize("form", ["linf", "l2", "l1", "l3"])
+@pytest.mark.parametrize("box", [(0.0, 1.0), (-math.inf, math.inf)], ids=["box", "no box"])
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_the_shortest_change_is_what_a_solver_finds(form: str, box: tuple[float, float], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    w, x = random.normal(size=6), random.choice([0.0, 1.0, 0.3, 0.7], size=6)
+    w[random.random(6) < 0.2] = 0.0
+    if not w.any():
+        return
+    room = np.where(w > 0, box[1] - x, x - box[0])
+    most = float(np.abs(w) @ np.where(w == 0, 0.0, np.minimum(room, 10.0)))
+    gain = most * random.uniform(0.05, 0.95)
+    region = Threat.parse(f"{form}:inf").region
+    batch = torch.tensor(np.stack([w, -w, w]))  # the mates end earlier or later; none may move another
+    found = region.shortest(
+        batch, torch.tensor([gain, 0.0, gain * 0.5], dtype=torch.float64), torch.tensor(np.stack([x] * 3)), box
+    )[0]
+    alone = region.shortest(
+        batch[[0, 0]], torch.tensor([gain, gain], dtype=torch.float64), torch.tensor(np.stack([x] * 2)), box
+    )[0]
+    assert torch.equal(found, alone)
+    assert found.numpy() @ w == pytest.approx(gain, rel=1e-9)
+    assert bool(((x + found.numpy() >= box[0]) & (x + found.numpy() <= box[1])).all())
+    bounds = [(max(box[0] - v, -1000.0), min(box[1] - v, 1000.0)) for v in x]
+    assert float(region.measure(found[None], torch.zeros(1, 6))) == pytest.approx(
+        _least(form, w, gain, bounds), rel=1e-4
+    )
+
+
+def _least(form: str, w: np.ndarray, gain: float, bounds: list[tuple[float, float]]) -> float:
+    """The smallest norm of r with <w, r> = gain inside the bounds: linear programs, SLSQP for the smooth norms."""
+    n = len(w)
+    if form in ("l2", "l3"):
+        p = float(form[1:])
+        start = np.clip(np.sign(w), *np.array(bounds).T)
+        start *= gain / (w @ start)
+        line = {"type": "eq", "fun": lambda r: w @ r - gain, "jac": lambda r: w}
+        done = minimize(
+            lambda r: (np.abs(r) ** p).sum(), start, jac=lambda r: p * np.abs(r) ** (p - 1) * np.sign(r),
+            bounds=bounds, constraints=[line], method="SLSQP", options={"ftol": 1e-14, "maxiter": 1000},
+        )  # fmt: skip
+        return float(done.fun ** (1 / p))
+    eye = np.eye(n)
+    slack = np.ones((n, 1)) if form == "linf" else eye
+    bound = np.block([[eye, -slack], [-eye, -slack]])
+    cost = np.concatenate([np.zeros(n), np.ones(slack.shape[1])])
+    line = np.concatenate([w, np.zeros(slack.shape[1])])[None]
+    return float(linprog(cost, bound, np.zeros(2 * n), line, [gain], bounds + [(0, None)] * slack.shape[1]).fun)

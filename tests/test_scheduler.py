@@ -374,3 +374,47 @@ def test_wrong_arguments_are_named(change: dict, words: str) -> None:
     given = {"x": x, "y": y, "targets": None} | change
     with pytest.raises((DataError, UsageError), match=words):
         mohs.attack(mohs.attacks.PGD(steps=1), First(), given.pop("x"), given.pop("y"), "linf:0.1", **given)
+
+
+@dataclass(frozen=True)
+class Greedy(Planted):
+    """Row r asks for as many looks a step as its name's last digit says; the scheduler may know it beforehand."""
+
+    told: bool = True
+    batches: ClassVar[list[list[int]]] = []
+
+    def step(self, problem: Problem, state: State, k: int) -> State:
+        name = (problem.x0[:, 1] * 1000).round().long()
+        live = ~problem.found.settled
+        type(self).batches.append((name % 2)[live].tolist())
+        state = super().step(problem, state, k)
+        return State(state.x, demand=(name % 2).float() if self.told else None)
+
+
+def test_rows_of_like_demand_share_a_batch_and_answers_do_not_change() -> None:
+    x, y = names(32)
+    plan = tuple((5,) if i % 3 else (None,) for i in range(32))
+    found = {}
+    for told in (False, True):
+        Greedy.batches.clear()
+        found[told] = mohs.attack(Greedy(plan, told=told), First(), x, y, "linf:1", batch=8)
+        mixed = [batch for batch in Greedy.batches[4:] if len(set(batch)) > 1]  # nothing is known of the first step
+        assert bool(mixed) is not told
+    assert torch.equal(found[True].x, found[False].x)
+    assert torch.equal(found[True].success, found[False].success)
+    assert torch.equal(found[True].forwards, found[False].forwards)
+
+
+def test_a_projected_point_is_checked_again_once_it_was_changed() -> None:
+    @dataclass(frozen=True)
+    class Cheat(Planted):
+        def step(self, problem: Problem, state: State, k: int) -> State:
+            x = problem.project(problem.x0)
+            x[:, 0] = HIT + 0.2  # outside the region
+            problem.look(x)
+            return State(x)
+
+    x, y = names(4)
+    out = mohs.attack(Cheat(((None,),) * 4), First(), x, y, "linf:0.1")
+    assert not bool(out.success.any())
+    assert torch.equal(out.x, x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -14,10 +14,12 @@ from mohs.threat import Access
 
 @dataclass
 class State(Rows):
-    """What a row carries: ``x`` is the next point to look at; ``done`` (optional) ends a row."""
+    """What a row carries: ``x`` [B, ...] is the next point to look at; ``done`` [B] (optional) ends a row; ``demand`` [B]
+    (optional): how many backwards its next step is likely to ask for, so that rows of like demand share a batch."""
 
     x: Tensor
     done: Tensor | None = None
+    demand: Tensor | None = field(default=None, kw_only=True)
 
 
 @runtime_checkable
@@ -32,6 +34,7 @@ class Attack(Protocol):
         needs: the access it asks for.
         finite: does it need a finite radius?
         random: do restarts differ? (Taken for granted where it is not said.)
+        uneven: do its rows differ in how many backwards a step takes? Then smaller batches waste less (taken for no).
         norms: the regions it serves, of "linf", "l2", "l1", "l0" and "lp" (where it is not said: all of them).
     """
 

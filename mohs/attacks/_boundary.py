@@ -40,12 +40,13 @@ class Rivals(Rows):
     """The classes whose boundaries come into question.
 
     ``classes`` [B, c]; ``clean`` [B, c]: logits to each boundary at the first look; ``norm`` [B, c]: the dual norm of each
-    gradient when last seen (0: not yet).
+    gradient when last seen (0: not yet); ``visited`` [B]: how many were linearised last.
     """
 
     classes: Tensor
     clean: Tensor
     norm: Tensor
+    visited: Tensor
 
     @classmethod
     def at(cls, problem: Problem, view: View, count: int) -> Rivals:
@@ -58,7 +59,7 @@ class Rivals(Rows):
             others = logits.scatter(1, goal.label.unsqueeze(1), -math.inf)
             classes = others.topk(min(count, logits.shape[1] - 1), dim=1).indices
         clean = _gaps(problem, view, *_pairs(problem, view, classes))
-        return cls(classes, clean, torch.zeros_like(clean))
+        return cls(classes, clean, torch.zeros_like(clean), torch.zeros_like(clean[:, 0]))
 
     def nearest(self, problem: Problem, view: View, x: Tensor, visits: int) -> tuple[Boundary, Rivals]:
         """The boundary linearised at ``x``, the point of ``view``, that is nearest to the clean input; and what was learnt.
@@ -73,7 +74,7 @@ class Rivals(Rows):
         order = (promise / _likely(self.norm)).argsort(dim=1, stable=True)
         live, distance = ~problem.found.settled, torch.full_like(gaps[:, 0], math.inf)
         w, gap, norm = torch.zeros_like(x), torch.zeros_like(distance), self.norm
-        visits = min(visits, gaps.shape[1])
+        visits, visited = min(visits, gaps.shape[1]), torch.zeros_like(distance)
         for j in range(visits):
             c = order[:, j : j + 1]
             if j == 0:
@@ -94,7 +95,8 @@ class Rivals(Rows):
             norm = norm.scatter(1, c, torch.where(worth, dual, norm.gather(1, c).squeeze(1)).unsqueeze(1))
             distance, gap = torch.where(closer, far, distance), torch.where(closer, here, gap)
             w = torch.where(per_row(closer, x), g, w)
-        return Boundary(x, w, gap), replace(self, norm=norm)
+            visited += worth
+        return Boundary(x, w, gap), replace(self, norm=norm, visited=visited)
 
 
 def _likely(norm: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ FINAL = 0.05
 """Below this share of the first gap the direction is found and only the boundary is left to reach."""
 
 SPREAD = 4.0
-"""By how much the gradients of a row's classes may differ: what would be farther away even so is not linearised."""
+"""By how much the gradients of a row's classes may differ, and grow on the way to the boundary: what would be farther away
+even so is not linearised."""
 
 
 @dataclass
@@ -89,6 +90,7 @@ class DeepFool:
     polish: int = 1
     needs: ClassVar[Access] = Access.GRADIENT
     finite: ClassVar[bool] = False
+    uneven: ClassVar[bool] = True
     random: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "lp")
 
@@ -138,7 +140,8 @@ class DeepFool:
         first = last if k == 0 else first
         push = torch.where(stuck, 2 * push, 2 * rounding(logits))
         final = last < FINAL * first
-        exact = (stuck & eaten) | final
+        exact = ((stuck & eaten) | final) & ~problem.found.settled
+        narrow = _rows(exact)
         gap = gap + push.unsqueeze(1)
         likely = torch.where(norm > 0, norm, norm.amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
         estimate = torch.where(lead < 0, lead, gap / likely)  # a class that has won comes first
@@ -147,12 +150,15 @@ class DeepFool:
         seeking = ~(problem.found.settled | view.met | (polished > 0) | final)
 
         nearest = torch.full_like(push, math.inf)
+        visited = torch.zeros_like(push)
+        # gradients change with the way that is still to go
+        spread = 1 + (SPREAD - 1) * (4 * last / first).nan_to_num(1.0).clamp(0.0, 1.0)
         best = torch.zeros_like(x)
         norm = norm.clone()
         for j in range(visits):
             c = order[:, j : j + 1]
             if j:  # who has passed over a class passes over all that follow
-                seeking = seeking & _worth(nearest, gap, norm, c)
+                seeking = seeking & _worth(nearest, gap, norm, c, spread)
             worth = seeking if j else polished == 0
             if j and not bool(worth.any()):
                 break  # and so for all that follow
@@ -161,8 +167,8 @@ class DeepFool:
             w = view.pull(cotangent, keep=j < visits - 1, rows=worth)
             if j == 0:
                 steep = w
-            if bool(exact.any()):
-                w = torch.where(per_row(exact, x), _free(w, x, box), w)
+            if len(narrow):
+                w = w.index_copy(0, narrow, _free(w[narrow], x[narrow], box))
             dual = region.dual(w)
             # a row keeps to its own rule: what its batch mates still want to see must not change it
             norm.scatter_(1, c, torch.where(worth, dual, norm.gather(1, c).squeeze(1)).unsqueeze(1))
@@ -170,6 +176,7 @@ class DeepFool:
             closer = worth & (distance < nearest)
             nearest = torch.where(closer, distance, nearest)
             best = torch.where(per_row(closer, x), w, best)
+            visited += worth
         lost = nearest.isinf()  # no candidate has a gradient: nowhere to go
         length = (1 + self.overshoot) * nearest.masked_fill(lost, 0.0)
         moved = x + per_row(length, x) * region.steepest(best)
@@ -186,7 +193,10 @@ class DeepFool:
         wanted = (nearest * region.dual(best)).masked_fill(lost, 0.0)
         eaten = (best * (moved - x)).flatten(1).sum(1) < FINAL * wanted
         done = (view.met & ~across) | (~view.met & (polished > 0)) | lost
-        return DeepFoolState(moved, done, classes, norm, last, first, push, eaten, polished + across)
+        # as many classes as this time; among equals, more the closer the runner-up
+        rival = (gap / norm).topk(min(2, gap.shape[1]), largest=False).values[:, -1]
+        demand = torch.where(view.met, 0.0, visited + (nearest / rival).nan_to_num(0.0, posinf=0.0))
+        return DeepFoolState(moved, done, classes, norm, last, first, push, eaten, polished + across, demand=demand)
 
     def _candidates(self, problem: Problem, view: View) -> Tensor:
         """Rivals of highest logit, [B, c]; one of them where the row has a class to reach or to aim at."""
@@ -207,11 +217,11 @@ def _pairs(problem: Problem, view: View, classes: Tensor) -> tuple[Tensor, Tenso
     return classes, goal.label.unsqueeze(1).expand_as(classes)
 
 
-def _worth(nearest: Tensor, gap: Tensor, norm: Tensor, c: Tensor) -> Tensor:
-    """Could class ``c`` be a row's nearest, if its gradient were ``SPREAD`` times as large as last seen? [B] bool."""
-    seen = norm.gather(1, c)
-    likely = torch.where(seen > 0, seen, norm.amax(1, keepdim=True))
-    return ~(gap.gather(1, c) > SPREAD * likely * nearest.unsqueeze(1)).squeeze(1)
+def _worth(nearest: Tensor, gap: Tensor, norm: Tensor, c: Tensor, spread: Tensor) -> Tensor:
+    """Could class ``c`` be a row's nearest, if its gradient were ``spread`` times as large as last seen? [B] bool."""
+    seen = norm.gather(1, c).squeeze(1)
+    likely = torch.where(seen > 0, spread * seen, SPREAD * norm.amax(1))
+    return ~(gap.gather(1, c).squeeze(1) > likely * nearest)
 
 
 def _rows(mask: Tensor) -> Tensor:

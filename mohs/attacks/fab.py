@@ -78,6 +78,7 @@ class FAB:
     revisit: int = 3
     needs: ClassVar[Access] = Access.GRADIENT
     finite: ClassVar[bool] = False
+    uneven: ClassVar[bool] = True
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "lp")
 
     def __post_init__(self) -> None:
@@ -115,7 +116,7 @@ class FAB:
         if k == 0 and problem.warm is None and bool((problem.restart > 0).any()):
             start = region.start(x0, torch.minimum(far, problem.eps) / 2, box, problem.key)
             x = torch.where(per_row(problem.restart > 0, x), start, x)
-        return FABState(x, done, rivals, over)
+        return FABState(x, done, rivals=rivals, over=over, demand=rivals.visited)
 
 
 def _size(problem: Problem, change: Tensor) -> Tensor:

@@ -34,11 +34,14 @@ WAVE = 8
 """Batches per wave: enough to fill holes, few enough that the wave's rows stay in memory."""
 
 
-def usual_batch(x: Tensor) -> int:
-    """Physical batch size where none is asked for: up to 256 rows, fewer where the inputs [N, ...] are large."""
-    values = 1 << (20 if x.device.type == "cpu" else 25)
+def usual_batch(x: Tensor, attack: Attack | None = None) -> int:
+    """Physical batch size where none is asked for: up to 256 rows, on a CPU (whose caches they still fit into) 192, or 128
+    where the attack is uneven, because a batch pays for its most demanding row; fewer where the inputs [N, ...] are large."""
+    values, most = (
+        (1 << 25, 256) if x.device.type != "cpu" else (1 << 20, 128 if getattr(attack, "uneven", False) else 192)
+    )
     rows = values // max(x[0].numel() if len(x) else 1, 1)
-    return min(256, max(8, 1 << (max(rows, 1).bit_length() - 1)))
+    return min(most, max(8, 1 << (max(rows, 1).bit_length() - 1)))
 
 
 def refused_norm(attack: Attack | type, threat: Threat) -> str | None:
@@ -89,8 +92,8 @@ def attack(
         confidence: by how many logits the wrong answer must win to count.
         start: points [N, ...] to begin from, such as an earlier outcome's ``x``; they are brought into region and box.
         seed: of the random streams; the global generators are not touched.
-        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 256,
-            fewer for large inputs, or a power of two of about a third of the rows.
+        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 256
+            (on a CPU 192 or 128), fewer for large inputs, or a power of two of about a third of the rows.
         stop: when a row ends; default: at the first success at a finite radius, else when the budget is spent.
         trace: keep the objective at every look (implies that the budget is spent).
         guide: a differentiable stand-in that gives the gradients; successes are confirmed on ``model``.
@@ -184,7 +187,7 @@ class Job:
         # three batches at least, where there are rows for it: a single one could not shrink as its rows settle
         rows = len(x) * self.rows
         few = max(16, 1 << max(0, (rows // 3).bit_length() - 1))
-        self.batch = batch or min(usual_batch(x), few, 1 << max(0, rows - 1).bit_length())
+        self.batch = batch or min(usual_batch(x, attack), few, 1 << max(0, rows - 1).bit_length())
         count = (len(x), self.rows)
         self.finished = torch.zeros(count, dtype=torch.bool, device=x.device)
         self.emitted = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -315,8 +318,10 @@ class Job:
                 live += int((~p.found.settled).sum())
             if live == 0:
                 break
-            if -(-live // self.batch) < len(pairs):
+            fewer = -(-live // self.batch) < len(pairs)
+            if fewer or (len(pairs) > 1 and pairs[0][1].demand is not None):
                 pairs = self._compact(pairs)
+            if fewer:
                 yield
         for p, s in pairs:
             if not bool(p.found.settled.all()):  # the last iterate has not been looked at yet
@@ -345,7 +350,8 @@ class Job:
             self.answer.scatter_reduce_(0, problem.example[found.met], problem.number[found.met], "amin")
 
     def _compact(self, pairs: list) -> list:
-        """Drop settled rows and close the ranks: as few full batches as the live rows need."""
+        """Drop settled rows and close the ranks: as few full batches as the live rows need, rows of like demand together,
+        because a batch pays for its most demanding row."""
         kept_problems, kept_states = [], []
         for p, s in pairs:
             self._collect(p)
@@ -354,6 +360,9 @@ class Job:
             kept_states.append(s.take(live))
         problem = type(kept_problems[0]).join(kept_problems)
         state = type(kept_states[0]).join(kept_states)
+        if state.demand is not None:
+            order = state.demand.argsort(stable=True)
+            problem, state = problem.take(order), state.take(order)
         packed = []
         for index in torch.arange(len(problem), device=self.x.device).split(self.batch):
             fill = torch.arange(self.batch, device=self.x.device).clamp_max(len(index) - 1)

@@ -48,7 +48,9 @@ Split = Annotated[Literal["test", "train"], Parameter(group=_what, help="which p
 Seed = Annotated[int, Parameter(group=_how, help="of all randomness")]
 Batch = Annotated[
     int | None,
-    Parameter(group=_how, help="physical batch size; equal sizes give identical results (CPU: 64, else 256)"),
+    Parameter(
+        group=_how, help="physical batch size; equal sizes give identical results (192 at most, 256 off the CPU)"
+    ),
 ]
 AccessName = Annotated[
     Literal["label", "score", "logit", "gradient"],
