@@ -35,11 +35,10 @@ WAVE = 8
 
 
 def usual_batch(x: Tensor, attack: Attack | None = None) -> int:
-    """Physical batch size where none is asked for: up to 256 rows, on a CPU (whose caches they still fit into) 192, or 128
-    where the attack is uneven, because a batch pays for its most demanding row; fewer where the inputs [N, ...] are large."""
-    values, most = (
-        (1 << 25, 256) if x.device.type != "cpu" else (1 << 20, 128 if getattr(attack, "uneven", False) else 192)
-    )
+    """Physical batch size where none is asked for: up to 256 rows, on a CPU 128 where the attack is uneven, because a batch
+    pays for its most demanding row; fewer where the inputs [N, ...] are large."""
+    on_cpu = x.device.type == "cpu"
+    values, most = 1 << (20 if on_cpu else 25), 128 if on_cpu and getattr(attack, "uneven", False) else 256
     rows = values // max(x[0].numel() if len(x) else 1, 1)
     return min(most, max(8, 1 << (max(rows, 1).bit_length() - 1)))
 
@@ -92,8 +91,8 @@ def attack(
         confidence: by how many logits the wrong answer must win to count.
         start: points [N, ...] to begin from, such as an earlier outcome's ``x``; they are brought into region and box.
         seed: of the random streams; the global generators are not touched.
-        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 256
-            (on a CPU 192 or 128), fewer for large inputs, or a power of two of about a third of the rows.
+        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 256,
+            fewer for large inputs and uneven attacks, or a power of two of about a third of the rows.
         stop: when a row ends; default: at the first success at a finite radius, else when the budget is spent.
         trace: keep the objective at every look (implies that the budget is spent).
         guide: a differentiable stand-in that gives the gradients; successes are confirmed on ``model``.

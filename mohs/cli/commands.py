@@ -48,9 +48,7 @@ Split = Annotated[Literal["test", "train"], Parameter(group=_what, help="which p
 Seed = Annotated[int, Parameter(group=_how, help="of all randomness")]
 Batch = Annotated[
     int | None,
-    Parameter(
-        group=_how, help="physical batch size; equal sizes give identical results (192 at most, 256 off the CPU)"
-    ),
+    Parameter(group=_how, help="physical batch size; equal sizes give identical results (256 at most)"),
 ]
 AccessName = Annotated[
     Literal["label", "score", "logit", "gradient"],

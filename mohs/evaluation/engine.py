@@ -73,8 +73,7 @@ def evaluate(
         certificates: such as ``[mohs.certificates.CROWN()]``.
         seed: of all randomness; the global generators are not touched.
         batch: physical batch size at most. A step on fewer rows takes smaller batches, so results are bit-identical for equal
-            examples and equal ``batch``, and within rounding otherwise. Default: 256 (on a CPU 192 or 128),
-            fewer for large inputs.
+            examples and equal ``batch``, and within rounding otherwise. Default: 256, fewer for large inputs.
         control: size of the random subset that every attack runs in full, so that their strengths can be compared; the
             accuracy curve and the loss curves come from it too. Default: 100; 0 saves these passes.
         stated_accuracy: clean accuracy the model is said to have, checked against the measured one.
