@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mohs
 from mohs import Threat
 from mohs.attacks import FAB, DeepFool
-from mohs.attacks._boundary import Boundary
+from mohs.attacks._rivals import Boundary
 from mohs.errors import UsageError
 
 THREATS = ["linf:inf", "l2:inf", "l1:inf", "l3:inf"]
@@ -55,7 +55,7 @@ def test_smaller_than_deepfool_on_a_curved_net(short: str) -> None:
 
 
 @pytest.mark.parametrize("region", [mohs.Linf(1.0), mohs.L2(1.0), mohs.L1(1.0)], ids=repr)
-def test_the_boundary_is_reached_from_either_side(region: mohs.Linf) -> None:
+def test_the_rivals_is_reached_from_either_side(region: mohs.Linf) -> None:
     x, w = inputs(16, 8), inputs(16, 8, seed=1) - 0.5
     boundary = Boundary(x, w, torch.linspace(-0.3, 0.3, 16))
     z = 0.2 + 0.6 * inputs(16, 8, seed=2)
@@ -121,7 +121,7 @@ def test_it_starts_where_it_is_told() -> None:
     assert float((out.size / first.size).median()) < 0.99
 
 
-def test_confidence_moves_the_boundary() -> None:
+def test_confidence_moves_the_rivals() -> None:
     net, x = Linear(12, 3), inputs(32, 12)
     y = net(x).argmax(1)
     out = mohs.attack(FAB(steps=30), net, x, y, "l2:inf in [-inf, inf]", confidence=1.0)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mohs.attacks._rivals import contrast
 from mohs.errors import UsageError
 from mohs.problem import Problem
 from mohs.regions import Lp
@@ -49,8 +50,7 @@ def by_distance(problem: Problem, count: int, candidates: int = 10) -> Tensor:
     region = problem.threat.region
     distance = torch.full_like(gap, math.inf)
     for j in range(tried.shape[1]):
-        cotangent = torch.zeros_like(logits).scatter_(1, label, -1.0).scatter_(1, tried[:, j : j + 1], 1.0)
-        w = view.pull(cotangent, keep=j < tried.shape[1] - 1)
+        w = view.pull(contrast(view, tried[:, j : j + 1], label), keep=j < tried.shape[1] - 1)
         steep = region.dual(w) if isinstance(region, Lp) else w.abs().flatten(1).amax(1)
         distance[:, j] = torch.where(steep > 0, gap[:, j] / steep, math.inf)
     distance = torch.where(gap < 0, gap, distance)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from mohs.attacks._rivals import candidates, contrast, pairs
 from mohs.errors import UsageError
 from mohs.problem import Problem
 from mohs.regions import per_row
@@ -46,18 +47,16 @@ def nearest_rival(problem: Problem, view: View, count: int) -> Tensor:
     Rows with a class to reach or to aim at have no choice: -1, as for rows without a gradient.
     """
     goal, logits = problem.goal, view.logits
-    label = goal.label.unsqueeze(1)
     rival, least = torch.full_like(goal.label, -1), torch.full_like(problem.eps, math.inf)
     if bool((goal.reach | (goal.aim >= 0)).any()):
         return rival
-    classes = logits.scatter(1, label, -math.inf).topk(min(count, logits.shape[1] - 1), dim=1).indices
-    for c in classes.split(1, dim=1):
-        cotangent = torch.zeros_like(logits).scatter_(1, label, -1.0).scatter_(1, c, 1.0)
-        dual = problem.threat.region.dual(view.pull(cotangent, keep=True))
-        gap = (logits.gather(1, label) - logits.gather(1, c)).squeeze(1)
+    raised, lowered = pairs(problem, view, candidates(problem, view, count))
+    for up, down in zip(raised.split(1, dim=1), lowered.split(1, dim=1), strict=True):
+        dual = problem.threat.region.dual(view.pull(contrast(view, up, down), keep=True))
+        gap = (logits.gather(1, down) - logits.gather(1, up)).squeeze(1)
         near = torch.where(gap < 0, gap, gap / dual)  # a class that has won comes first
-        closer = (near < least) & (c != label).squeeze(1)  # the label itself is among them where other logits are -inf
-        rival, least = torch.where(closer, c.squeeze(1), rival), torch.where(closer, near, least)
+        closer = (near < least) & (up != down).squeeze(1)
+        rival, least = torch.where(closer, up.squeeze(1), rival), torch.where(closer, near, least)
     return rival
 
 
@@ -66,9 +65,8 @@ def towards(problem: Problem, view: View, rival: Tensor) -> tuple[Tensor, Tensor
     raised, lowered = problem.goal.contest(view.logits)
     raised = torch.where((rival >= 0) & ~problem.found.met & ~view.met, rival, raised).unsqueeze(1)
     lowered = lowered.unsqueeze(1)
-    cotangent = torch.zeros_like(view.logits).scatter_(1, lowered, -1.0).scatter_(1, raised, 1.0)
     value = (view.logits.gather(1, raised) - view.logits.gather(1, lowered)).squeeze(1)
-    return value - problem.goal.confidence, view.pull(cotangent)
+    return value - problem.goal.confidence, view.pull(contrast(view, raised, lowered))
 
 
 def onto_boundary(problem: Problem, view: View, x: Tensor, value: Tensor, w: Tensor) -> Tensor:

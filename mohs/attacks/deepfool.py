@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
+from mohs.attacks._rivals import SPREAD, candidates, find_nearest, likely, pairs
+from mohs.attacks._smallest import free
 from mohs.errors import UsageError
 from mohs.problem import Problem
 from mohs.regions import per_row
-from mohs.target import View, rounding
+from mohs.target import rounding
 from mohs.threat import Access
 
 FINAL = 0.05
 """Below this share of the first gap the direction is found and only the boundary is left to reach."""
-
-SPREAD = 4.0
-"""By how much the gradients of a row's classes may differ, and grow on the way to the boundary: what would be farther away
-even so is not linearised."""
 
 
 @dataclass
@@ -123,16 +121,13 @@ class DeepFool:
             or eaten is None
             or polished is None
         ):
-            classes = self._candidates(problem, view)
+            classes = candidates(problem, view, self.candidates)
             norm = torch.zeros_like(classes, dtype=x.dtype)
             last = first = torch.full_like(logits[:, 0], math.inf)
             push, polished = 2 * rounding(logits), torch.zeros_like(problem.goal.label)
             eaten = torch.zeros_like(problem.found.met)
-        raised, lowered = _pairs(problem, view, classes)
-        lead = logits.gather(1, lowered) - logits.gather(1, raised)
-        lead.masked_fill_(
-            raised == lowered, math.inf
-        )  # where other logits are -inf, the label may be among its own rivals
+        raised, lowered = pairs(problem, view, classes)
+        lead = (logits.gather(1, lowered) - logits.gather(1, raised)).masked_fill_(raised == lowered, math.inf)
         gap = lead.clamp_min(0.0)
         # A step that gained nothing: the box has eaten it, or it was below the resolution of x, or the model is that curved
         stuck = gap.amin(1) >= last
@@ -143,40 +138,23 @@ class DeepFool:
         exact = ((stuck & eaten) | final) & ~problem.found.settled
         narrow = _rows(exact)
         gap = gap + push.unsqueeze(1)
-        likely = torch.where(norm > 0, norm, norm.amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
-        estimate = torch.where(lead < 0, lead, gap / likely)  # a class that has won comes first
+        estimate = torch.where(lead < 0, lead, gap / likely(norm))  # a class that has won comes first
         order = estimate.argsort(dim=1, stable=True)
         visits = classes.shape[1] if k == 0 else min(self.revisit, classes.shape[1])
         seeking = ~(problem.found.settled | view.met | (polished > 0) | final)
-
-        nearest = torch.full_like(push, math.inf)
-        visited = torch.zeros_like(push)
         # gradients change with the way that is still to go
         spread = 1 + (SPREAD - 1) * (4 * last / first).nan_to_num(1.0).clamp(0.0, 1.0)
-        best = torch.zeros_like(x)
-        norm = norm.clone()
-        for j in range(visits):
-            c = order[:, j : j + 1]
-            if j:  # who has passed over a class passes over all that follow
-                seeking = seeking & _worth(nearest, gap, norm, c, spread)
-            worth = seeking if j else polished == 0
-            if j and not bool(worth.any()):
-                break  # and so for all that follow
-            cotangent = torch.zeros_like(logits)
-            cotangent.scatter_(1, raised.gather(1, c), 1.0).scatter_(1, lowered.gather(1, c), -1.0)
-            w = view.pull(cotangent, keep=j < visits - 1, rows=worth)
-            if j == 0:
-                steep = w
+
+        def measure(c: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             if len(narrow):
-                w = w.index_copy(0, narrow, _free(w[narrow], x[narrow], box))
+                w = w.index_copy(0, narrow, free(w[narrow], x[narrow], box))
             dual = region.dual(w)
-            # a row keeps to its own rule: what its batch mates still want to see must not change it
-            norm.scatter_(1, c, torch.where(worth, dual, norm.gather(1, c).squeeze(1)).unsqueeze(1))
-            distance = gap.gather(1, c).squeeze(1) / dual
-            closer = worth & (distance < nearest)
-            nearest = torch.where(closer, distance, nearest)
-            best = torch.where(per_row(closer, x), w, best)
-            visited += worth
+            return w, dual, gap.gather(1, c).squeeze(1) / dual
+
+        seen = find_nearest(
+            view, (raised, lowered), order, visits, gap, norm, spread, measure, first=polished == 0, further=seeking
+        )
+        nearest, best, norm = seen.distance, seen.w, seen.norm
         lost = nearest.isinf()  # no candidate has a gradient: nowhere to go
         length = (1 + self.overshoot) * nearest.masked_fill(lost, 0.0)
         moved = x + per_row(length, x) * region.steepest(best)
@@ -185,7 +163,7 @@ class DeepFool:
             moved[rows] = x[rows] + region.shortest(best[rows], gain, x[rows], box)
         across = view.met & (polished < (self.polish if k else 0))  # nothing to polish where the clean input is met
         if len(rows := _rows(across)):
-            x0, w = problem.x0[rows], steep[rows]
+            x0, w = problem.x0[rows], seen.steep[rows]
             gain = (w * (x[rows] - x0)).flatten(1).sum(1) + lead.gather(1, order[:, :1]).squeeze(1)[rows]
             moved[rows] = x0 + (1 + self.overshoot) * region.shortest(w, gain, x0, box)
         moved.clamp_(*box)
@@ -195,43 +173,11 @@ class DeepFool:
         done = (view.met & ~across) | (~view.met & (polished > 0)) | lost
         # as many classes as this time; among equals, more the closer the runner-up
         rival = (gap / norm).topk(min(2, gap.shape[1]), largest=False).values[:, -1]
-        demand = torch.where(view.met, 0.0, visited + (nearest / rival).nan_to_num(0.0, posinf=0.0))
+        demand = torch.where(view.met, 0.0, seen.visited + (nearest / rival).nan_to_num(0.0, posinf=0.0))
         return DeepFoolState(moved, done, classes, norm, last, first, push, eaten, polished + across, demand=demand)
-
-    def _candidates(self, problem: Problem, view: View) -> Tensor:
-        """Rivals of highest logit, [B, c]; one of them where the row has a class to reach or to aim at."""
-        goal, logits = problem.goal, view.logits
-        if bool(goal.reach.any() | (goal.aim >= 0).any()):
-            raised, lowered = goal.contest(logits)
-            return torch.where(goal.reach, lowered, raised).unsqueeze(1)
-        count = min(self.candidates, logits.shape[1] - 1)
-        return logits.scatter(1, goal.label.unsqueeze(1), -math.inf).topk(count, dim=1).indices
-
-
-def _pairs(problem: Problem, view: View, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """(class to raise, class to lower) for each candidate, [B, c] each."""
-    goal = problem.goal
-    if bool(goal.reach.any()):
-        raised, lowered = goal.contest(view.logits)  # the strongest rival changes from step to step
-        return raised.unsqueeze(1), lowered.unsqueeze(1)
-    return classes, goal.label.unsqueeze(1).expand_as(classes)
-
-
-def _worth(nearest: Tensor, gap: Tensor, norm: Tensor, c: Tensor, spread: Tensor) -> Tensor:
-    """Could class ``c`` be a row's nearest, if its gradient were ``spread`` times as large as last seen? [B] bool."""
-    seen = norm.gather(1, c).squeeze(1)
-    likely = torch.where(seen > 0, spread * seen, SPREAD * norm.amax(1))
-    return ~(gap.gather(1, c).squeeze(1) > likely * nearest)
 
 
 def _rows(mask: Tensor) -> Tensor:
     """Indices of the wanted rows, never just one: torch sums a single long row in another order than one of several."""
     rows = mask.nonzero().squeeze(1)
     return rows.repeat(2) if len(rows) == 1 else rows
-
-
-def _free(w: Tensor, x: Tensor, box: tuple[float, float]) -> Tensor:
-    """The gradient without the coordinates that the box does not let follow it."""
-    if math.isinf(box[0]) and math.isinf(box[1]):
-        return w
-    return w.masked_fill(((x >= box[1]) & (w > 0)) | ((x <= box[0]) & (w < 0)), 0.0)

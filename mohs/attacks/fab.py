@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
-from mohs.attacks._boundary import Rivals
+from mohs.attacks._rivals import Rivals
 from mohs.errors import UsageError
 from mohs.problem import Problem
 from mohs.regions import per_row

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
+from mohs.attacks._smallest import free
 from mohs.attacks._sparse import check_whole, geometry, least, tighten
 from mohs.errors import UsageError
 from mohs.objectives import margin
@@ -98,12 +99,11 @@ class SparseFool:
 
         crossed = view.met & ~state.sparse
         gap = (problem.goal.confidence - view.value).clamp_min_(0.0) + 2 * rounding(view.logits)
-        blocked = ((x >= box[1]) & (w > 0)) | ((x <= box[0]) & (w < 0))  # the box would eat their share of the step
-        free = w.masked_fill(blocked, 0.0)
-        dual = L2(math.inf).dual(free)
+        along = free(w, x, box)  # the box would eat the share of the others
+        dual = L2(math.inf).dual(along)
         lost = dual <= torch.finfo(w.dtype).tiny
         length = torch.where(lost, 0.0, gap / dual) * (1 + self.overshoot)
-        moved = (x + per_row(length, x) * L2(math.inf).steepest(free)).clamp_(*box)
+        moved = (x + per_row(length, x) * L2(math.inf).steepest(along)).clamp_(*box)
         if bool((crossed & ~begun).any()):
             gain = self.control * (w * (x - x0)).flatten(1).sum(1)
             r = L1(math.inf).shortest(w, gain, x0, box).mul_(1 + self.overshoot)
