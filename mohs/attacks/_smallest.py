@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._rivals import candidates, contrast, pairs
-from mohs.errors import UsageError
 from mohs.problem import Problem
 from mohs.regions import per_row
 from mohs.target import View, rounding
@@ -82,15 +81,6 @@ def onto_boundary(problem: Problem, view: View, x: Tensor, value: Tensor, w: Ten
 def nothing_left(problem: Problem) -> Tensor | None:
     """[B]: rows whose clean input meets the goal, where the smallest change is asked for."""
     return problem.found.met & (problem.found.score >= 0) if problem.threat.minimum else None
-
-
-def check_settings(name: str, steps: int, **positive: float) -> None:
-    """A whole number of steps and positive finite numbers, or a UsageError that names what is wrong."""
-    if not isinstance(steps, int) or steps < 1:
-        raise UsageError(f"{name}'s steps must be a whole number >= 1; got {steps!r}.")
-    for what, value in positive.items():
-        if not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise UsageError(f"{name}'s {what} must be a finite number above 0; got {value!r}.")
 
 
 def cosine(first: float, last: float, share: float) -> float:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mohs.errors import ThreatError, UsageError
+from mohs.errors import ThreatError
 from mohs.problem import Problem
 from mohs.regions import L0, per_row
 
@@ -54,15 +54,3 @@ def tighten(problem: Problem, g: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 def least(problem: Problem) -> Tensor:
     """[B] bool: has a row been met by a change of one position, or of none? Then nothing is left to gain."""
     return problem.found.met & (problem.threat.region.measure(problem.found.x, problem.x0) <= 1)
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """A whole number of at least ``least``, or a UsageError."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{name} must be a whole number >= {least}; got {value!r}.")
-
-
-def check_share(name: str, value: object) -> None:
-    """A share of the box width, above 0 and at most 1, or a UsageError."""
-    if not (isinstance(value, int | float) and 0 < value <= 1):
-        raise UsageError(f"{name} must be above 0 and at most 1, as a share of the box width; got {value!r}.")

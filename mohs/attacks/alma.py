@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mohs.attacks import _primal_dual as pd
 from mohs.attacks._base import State
-from mohs.attacks._smallest import check_settings, distance, nothing_left, unit
+from mohs.attacks._settings import check_positive, check_whole
+from mohs.attacks._smallest import distance, nothing_left, unit
 from mohs.errors import UsageError
 from mohs.problem import Problem
 from mohs.regions import per_row
@@ -87,10 +88,8 @@ class ALMA:
     norms: ClassVar[tuple[str, ...]] = ("l1", "l2")
 
     def __post_init__(self) -> None:
-        check_settings(
-            "ALMA", self.steps, step_size=self.step_size, last_step=self.last_step, check=self.check, tau=self.tau,
-            gamma=self.gamma,
-        )  # fmt: skip
+        check_whole(self, "steps", "check")
+        check_positive(self, "step_size", "last_step", "tau", "gamma")
         if not 0 <= self.alpha < 1:
             raise UsageError(f"ALMA's alpha must be at least 0 and below 1; got {self.alpha!r}.")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
-from mohs.attacks.pgd import check_steps
+from mohs.attacks._settings import check_ascent
 from mohs.objectives import Objective, probability_margin
 from mohs.problem import Problem
 from mohs.regions import L1, Box, per_row
@@ -97,7 +97,7 @@ class APGD:
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "lp")
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, None, self.objective)
+        check_ascent(self)
 
     @property
     def random(self) -> bool:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mohs.attacks._base import State
-from mohs.attacks.pgd import check_steps, step_sizes
+from mohs.attacks._settings import check_ascent
+from mohs.attacks.pgd import step_sizes
 from mohs.objectives import Objective, cross_entropy
 from mohs.problem import Problem
 from mohs.threat import Access
@@ -48,7 +49,7 @@ class BIM:
     random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, self.step_size, self.objective)
+        check_ascent(self)
 
     def init(self, problem: Problem) -> State:
         """At the clean input, or where the caller wants."""

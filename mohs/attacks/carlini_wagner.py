@@ -12,7 +12,7 @@ from torch import Tensor
 from mohs.attacks._adam import Adam, slope, to_point, to_variable
 from mohs.attacks._base import State
 from mohs.attacks._searches import Search, search_of, shortfall, stalled
-from mohs.errors import UsageError
+from mohs.attacks._settings import check_whole
 from mohs.objectives import margin
 from mohs.problem import Problem
 from mohs.regions import per_row
@@ -81,9 +81,7 @@ class CarliniWagner:
     norms: ClassVar[tuple[str, ...]] = ("l2", "linf", "l0")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "inner"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UsageError(f"CarliniWagner's {name} must be a whole number >= 1; got {getattr(self, name)!r}.")
+        check_whole(self, "steps", "inner")
 
     def init(self, problem: Problem) -> CarliniWagnerState:
         """At the clean input, or where the caller says."""

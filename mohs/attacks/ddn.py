@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
-from mohs.attacks._smallest import check_settings, cosine, distance, nothing_left, reach, unit
+from mohs.attacks._settings import check_positive, check_whole
+from mohs.attacks._smallest import cosine, distance, nothing_left, reach, unit
 from mohs.objectives import Objective, cross_entropy
 from mohs.problem import Problem
 from mohs.regions import per_row
@@ -72,14 +73,8 @@ class DDN:
     norms: ClassVar[tuple[str, ...]] = ("l2",)
 
     def __post_init__(self) -> None:
-        check_settings(
-            "DDN",
-            self.steps,
-            gamma=self.gamma,
-            last_gamma=self.last_gamma,
-            alpha=self.alpha,
-            last_alpha=self.last_alpha,
-        )
+        check_whole(self, "steps")
+        check_positive(self, "gamma", "last_gamma", "alpha", "last_alpha")
 
     def init(self, problem: Problem) -> DDNState:
         """At the clean input."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mohs.attacks._base import State
 from mohs.attacks._rivals import SPREAD, candidates, find_nearest, likely, pairs
+from mohs.attacks._settings import check_least, check_whole
 from mohs.attacks._smallest import free
-from mohs.errors import UsageError
 from mohs.problem import Problem
 from mohs.regions import per_row
 from mohs.target import rounding
@@ -93,13 +93,9 @@ class DeepFool:
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "lp")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "candidates", "revisit"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UsageError(f"DeepFool's {name} must be a whole number >= 1; got {getattr(self, name)!r}.")
-        if not isinstance(self.polish, int) or self.polish < 0:
-            raise UsageError(f"DeepFool's polish must be a whole number >= 0; got {self.polish!r}.")
-        if not self.overshoot >= 0:
-            raise UsageError(f"DeepFool's overshoot must be >= 0; got {self.overshoot!r}.")
+        check_whole(self, "steps", "candidates", "revisit")
+        check_whole(self, "polish", least=0)
+        check_least(self, 0, "overshoot")
 
     def init(self, problem: Problem) -> DeepFoolState:
         """At the clean input."""

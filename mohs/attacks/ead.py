@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mohs.attacks._base import State
 from mohs.attacks._searches import Weight, distance, known, shortfall, stalled
-from mohs.errors import UsageError
+from mohs.attacks._settings import check_least, check_share, check_whole
 from mohs.objectives import margin
 from mohs.problem import Problem
 from mohs.regions import per_row
@@ -89,13 +89,9 @@ class EAD:
     norms: ClassVar[tuple[str, ...]] = ("l1",)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "inner"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UsageError(f"EAD's {name} must be a whole number >= 1; got {getattr(self, name)!r}.")
-        if not 0 < self.step_size <= 0.5:  # above, the square term alone makes steps overshoot
-            raise UsageError(f"EAD's step_size must be above 0 and at most 0.5; got {self.step_size!r}.")
-        if not 0 <= self.beta < math.inf:
-            raise UsageError(f"EAD's beta must be 0 or more, relative to the distance; got {self.beta!r}.")
+        check_whole(self, "steps", "inner")
+        check_share(self, "step_size", most=0.5)  # above, the square term alone makes steps overshoot
+        check_least(self, 0, "beta")
 
     def init(self, problem: Problem) -> EADState:
         """At the clean input, or where the caller says."""

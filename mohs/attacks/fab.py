@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mohs.attacks._base import State
 from mohs.attacks._rivals import Rivals
-from mohs.errors import UsageError
+from mohs.attacks._settings import check_least, check_share, check_whole
 from mohs.problem import Problem
 from mohs.regions import per_row
 from mohs.threat import Access
@@ -82,14 +82,9 @@ class FAB:
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "lp")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "candidates", "revisit"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UsageError(f"FAB's {name} must be a whole number >= 1; got {getattr(self, name)!r}.")
-        for name in ("alpha_max", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"FAB's {name} must be between 0 and 1; got {getattr(self, name)!r}.")
-        if not self.eta >= 1:
-            raise UsageError(f"FAB's eta must be at least 1; got {self.eta!r}.")
+        check_whole(self, "steps", "candidates", "revisit")
+        check_share(self, "alpha_max", "beta", zero=True)
+        check_least(self, 1, "eta")
 
     def init(self, problem: Problem) -> FABState:
         """At the clean input, or where the caller says."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
-from mohs.attacks._smallest import check_settings, cosine, distance, free, nothing_left, reach, unit
+from mohs.attacks._settings import check_positive, check_whole
+from mohs.attacks._smallest import cosine, distance, free, nothing_left, reach, unit
 from mohs.problem import Problem
 from mohs.regions import L0, per_row
 from mohs.target import View
@@ -72,14 +73,8 @@ class FMN:
     norms: ClassVar[tuple[str, ...]] = ("l0", "l1", "l2", "linf")
 
     def __post_init__(self) -> None:
-        check_settings(
-            "FMN",
-            self.steps,
-            gamma=self.gamma,
-            last_gamma=self.last_gamma,
-            alpha=self.alpha,
-            last_alpha=self.last_alpha,
-        )
+        check_whole(self, "steps")
+        check_positive(self, "gamma", "last_gamma", "alpha", "last_alpha")
 
     def init(self, problem: Problem) -> FMNState:
         """At the clean input."""

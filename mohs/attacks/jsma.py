@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mohs.attacks._base import State
-from mohs.attacks._sparse import check_share, check_whole, geometry, least, tighten
+from mohs.attacks._settings import check_share, check_whole
+from mohs.attacks._sparse import geometry, least, tighten
 from mohs.errors import UsageError
 from mohs.objectives import margin
 from mohs.problem import Problem
@@ -83,9 +84,9 @@ class JSMA:
     norms: ClassVar[tuple[str, ...]] = ("l0",)
 
     def __post_init__(self) -> None:
-        check_whole("steps", self.steps, 1)
-        check_whole("polish", self.polish, 0)
-        check_share("step_size", self.step_size)
+        check_whole(self, "steps")
+        check_whole(self, "polish", least=0)
+        check_share(self, "step_size")
         if not (self.increase or self.decrease):
             raise UsageError("JSMA may neither increase nor decrease a feature. Allow at least one of the two.")
 

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from mohs.attacks._base import State
 from mohs.attacks._searches import Weight, distance, known, shortfall
-from mohs.errors import UsageError
+from mohs.attacks._settings import check_whole
 from mohs.objectives import margin
 from mohs.problem import Problem
 from mohs.regions import Box, per_row
@@ -101,9 +101,7 @@ class LBFGS:
     norms: ClassVar[tuple[str, ...]] = ("l2",)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "inner", "memory"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UsageError(f"LBFGS's {name} must be a whole number >= 1; got {getattr(self, name)!r}.")
+        check_whole(self, "steps", "inner", "memory")
 
     def init(self, problem: Problem) -> LBFGSState:
         """At the clean input, or where the caller says, remembering nothing."""

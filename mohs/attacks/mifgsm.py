@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
-from mohs.attacks.pgd import check_steps
-from mohs.errors import UsageError
+from mohs.attacks._settings import check_ascent, check_least
 from mohs.objectives import Objective, cross_entropy
 from mohs.problem import Problem
 from mohs.regions import per_row
@@ -64,9 +62,8 @@ class MIFGSM:
     random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, self.step_size, self.objective)
-        if not (isinstance(self.decay, int | float) and 0 <= self.decay < math.inf):
-            raise UsageError(f"decay must be a number >= 0, 1 as published; got {self.decay!r}.")
+        check_ascent(self)
+        check_least(self, 0, "decay")
 
     def init(self, problem: Problem) -> MomentumState:
         """At the clean input, without momentum."""

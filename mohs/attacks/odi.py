@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mohs import streams
 from mohs.attacks._base import State
+from mohs.attacks._settings import check_whole
 from mohs.attacks.pgd import PGD, step_sizes
-from mohs.errors import UsageError
 from mohs.objectives import Objective, margin
 from mohs.problem import Problem
 from mohs.regions import L0
@@ -56,8 +56,7 @@ class ODI(PGD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.diversify, int) or self.diversify < 0:
-            raise UsageError(f"diversify must be a whole number >= 0, 2 as published; got {self.diversify!r}.")
+        check_whole(self, "diversify", least=0)
 
     def step(self, problem: Problem, state: State, k: int) -> State:
         """A step along the random direction, or one of PGD."""

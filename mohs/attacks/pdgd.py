@@ -9,7 +9,8 @@ import torch
 
 from mohs.attacks import _primal_dual as pd
 from mohs.attacks._primal_dual import PrimalDualState
-from mohs.attacks._smallest import check_settings, nothing_left, unit
+from mohs.attacks._settings import check_positive, check_whole
+from mohs.attacks._smallest import nothing_left, unit
 from mohs.problem import Problem
 from mohs.regions import per_row
 from mohs.threat import Access
@@ -59,14 +60,8 @@ class PDGD:
     norms: ClassVar[tuple[str, ...]] = ("l2",)
 
     def __post_init__(self) -> None:
-        check_settings(
-            "PDGD",
-            self.steps,
-            step_size=self.step_size,
-            last_step=self.last_step,
-            ratio=self.ratio,
-            dual_size=self.dual_size,
-        )
+        check_whole(self, "steps")
+        check_positive(self, "step_size", "last_step", "ratio", "dual_size")
 
     def init(self, problem: Problem) -> PrimalDualState:
         """At the clean input, with most of the weight on the constraint."""

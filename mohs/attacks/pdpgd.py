@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mohs.attacks import _primal_dual as pd
 from mohs.attacks._primal_dual import PrimalDualState
-from mohs.attacks._smallest import check_settings, nothing_left
+from mohs.attacks._settings import check_positive, check_whole
+from mohs.attacks._smallest import nothing_left
 from mohs.problem import Problem
 from mohs.regions import L1, Linf, per_row
 from mohs.threat import Access
@@ -62,14 +63,8 @@ class PDPGD:
     norms: ClassVar[tuple[str, ...]] = ("l1", "l2", "linf")
 
     def __post_init__(self) -> None:
-        check_settings(
-            "PDPGD",
-            self.steps,
-            step_size=self.step_size,
-            last_step=self.last_step,
-            ratio=self.ratio,
-            dual_size=self.dual_size,
-        )
+        check_whole(self, "steps")
+        check_positive(self, "step_size", "last_step", "ratio", "dual_size")
 
     def init(self, problem: Problem) -> PrimalDualState:
         """At the clean input, with most of the weight on the constraint."""

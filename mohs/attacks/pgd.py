@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
-from mohs.errors import UsageError
+from mohs.attacks._settings import check_ascent
 from mohs.objectives import Objective, cross_entropy
 from mohs.problem import Problem
 from mohs.threat import Access
@@ -54,7 +53,7 @@ class PGD:
     finite: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, self.step_size, self.objective)
+        check_ascent(self)
 
     @property
     def random(self) -> bool:
@@ -77,15 +76,3 @@ def step_sizes(problem: Problem, step_size: float | None, steps: int) -> Tensor:
     if step_size is None:
         return problem.threat.region.default_step(problem.eps, steps, problem.threat.box)
     return torch.full_like(problem.eps, step_size)
-
-
-def check_steps(steps: int, step_size: float | None, objective: object) -> None:
-    """A number of steps, a positive length and a function to climb, or a UsageError."""
-    if not isinstance(steps, int) or steps < 1:
-        raise UsageError(f"steps must be a whole number >= 1; got {steps!r}.")
-    if step_size is not None and not (isinstance(step_size, int | float) and 0 < step_size < math.inf):
-        raise UsageError(f"step_size must be above 0 in input units, or None for the default; got {step_size!r}.")
-    if not callable(objective):
-        raise UsageError(
-            f"objective must be one of mohs.objectives, such as mohs.objectives.margin; got {objective!r}."
-        )

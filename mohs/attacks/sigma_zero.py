@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
-from mohs.attacks._sparse import check_share, check_whole, geometry, least, tighten, unit
+from mohs.attacks._settings import check_share, check_whole
+from mohs.attacks._sparse import geometry, least, tighten, unit
 from mohs.objectives import margin
 from mohs.problem import Problem
 from mohs.regions import per_row
@@ -80,10 +81,9 @@ class SigmaZero:
     norms: ClassVar[tuple[str, ...]] = ("l0",)
 
     def __post_init__(self) -> None:
-        check_whole("steps", self.steps, 1)
-        check_whole("polish", self.polish, 0)
-        for name in ("step_size", "smoothing", "threshold", "pace"):
-            check_share(name, getattr(self, name))
+        check_whole(self, "steps")
+        check_whole(self, "polish", least=0)
+        check_share(self, "step_size", "smoothing", "threshold", "pace")
 
     def init(self, problem: Problem) -> SigmaZeroState:
         """At the clean input."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
+from mohs.attacks._settings import check_least, check_whole
 from mohs.attacks._smallest import free
-from mohs.attacks._sparse import check_whole, geometry, least, tighten
-from mohs.errors import UsageError
+from mohs.attacks._sparse import geometry, least, tighten
 from mohs.objectives import margin
 from mohs.problem import Problem
 from mohs.regions import L1, L2, per_row
@@ -75,12 +75,10 @@ class SparseFool:
     norms: ClassVar[tuple[str, ...]] = ("l0",)
 
     def __post_init__(self) -> None:
-        check_whole("steps", self.steps, 1)
-        check_whole("polish", self.polish, 0)
-        if not (isinstance(self.control, int | float) and 1 <= self.control < math.inf):
-            raise UsageError(f"SparseFool's control must be at least 1; got {self.control!r}.")
-        if not (isinstance(self.overshoot, int | float) and 0 <= self.overshoot < math.inf):
-            raise UsageError(f"SparseFool's overshoot must be >= 0; got {self.overshoot!r}.")
+        check_whole(self, "steps")
+        check_whole(self, "polish", least=0)
+        check_least(self, 1, "control")
+        check_least(self, 0, "overshoot")
 
     def init(self, problem: Problem) -> SparseFoolState:
         """At the clean input."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mohs import streams
 from mohs.attacks._base import State
-from mohs.attacks._sparse import check_whole, geometry, unit
-from mohs.attacks.pgd import check_steps
+from mohs.attacks._settings import check_ascent, check_positive, check_whole
+from mohs.attacks._sparse import geometry, unit
 from mohs.objectives import Objective, cross_entropy
 from mohs.problem import Problem
 from mohs.regions import per_row
@@ -82,9 +82,9 @@ class SPGD:
     norms: ClassVar[tuple[str, ...]] = ("l0",)
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, self.step_size, self.objective)
-        check_steps(self.steps, self.mask_step, self.objective)
-        check_whole("patience", self.patience, 1)
+        check_ascent(self)
+        check_whole(self, "patience")
+        check_positive(self, "mask_step")
 
     @property
     def random(self) -> bool:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mohs import streams
 from mohs.attacks._base import State
-from mohs.attacks.pgd import check_steps
-from mohs.errors import UsageError
+from mohs.attacks._settings import check_ascent, check_share
 from mohs.objectives import Objective, margin
 from mohs.problem import Problem
 from mohs.regions import Linf, Lp, per_row
@@ -87,9 +86,8 @@ class Square:
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, None, self.objective)
-        if not (isinstance(self.share, int | float) and 0 < self.share <= 1):
-            raise UsageError(f"Square's share must be above 0 and at most 1; got {self.share!r}.")
+        check_ascent(self)
+        check_share(self, "share")
 
     def init(self, problem: Problem) -> SquareState:
         """Where the caller says, at stripes, or at the clean input."""

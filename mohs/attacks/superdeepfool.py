@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
-from mohs.attacks._smallest import check_settings, nearest_rival, onto_boundary, towards
-from mohs.errors import UsageError
+from mohs.attacks._settings import check_least, check_share, check_whole
+from mohs.attacks._smallest import nearest_rival, onto_boundary, towards
 from mohs.problem import Problem
 from mohs.regions import per_row
 from mohs.threat import Access
@@ -74,13 +74,9 @@ class SuperDeepFool:
     norms: ClassVar[tuple[str, ...]] = ("l1", "l2", "lp", "linf")
 
     def __post_init__(self) -> None:
-        check_settings(
-            "SuperDeepFool", self.steps, damping=self.damping, candidates=self.candidates, patience=self.patience
-        )
-        if self.damping > 1:
-            raise UsageError(f"SuperDeepFool's damping must be at most 1, the whole way; got {self.damping!r}.")
-        if not 0 <= self.overshoot < math.inf:
-            raise UsageError(f"SuperDeepFool's overshoot must be >= 0; got {self.overshoot!r}.")
+        check_whole(self, "steps", "candidates", "patience")
+        check_share(self, "damping")
+        check_least(self, 0, "overshoot")
 
     def init(self, problem: Problem) -> SuperDeepFoolState:
         """At the clean input."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
-from mohs.attacks._smallest import check_settings, distance, nearest_rival, nothing_left, onto_boundary, towards
+from mohs.attacks._settings import check_positive, check_whole
+from mohs.attacks._smallest import distance, nearest_rival, nothing_left, onto_boundary, towards
 from mohs.errors import UsageError
 from mohs.problem import Problem
 from mohs.regions import per_row
@@ -75,16 +77,9 @@ class TrustRegion:
     norms: ClassVar[tuple[str, ...]] = ("l1", "l2", "lp", "linf")
 
     def __post_init__(self) -> None:
-        check_settings(
-            "TrustRegion",
-            self.steps,
-            radius=self.radius,
-            factor=self.factor,
-            good=self.good,
-            bad=self.bad,
-            candidates=self.candidates,
-        )
-        if self.factor <= 1:
+        check_whole(self, "steps", "candidates")
+        check_positive(self, "radius", "good", "bad")
+        if not 1 < self.factor < math.inf:
             raise UsageError(f"TrustRegion's factor must be above 1; got {self.factor!r}.")
 
     def init(self, problem: Problem) -> TrustRegionState:
