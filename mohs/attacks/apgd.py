@@ -64,7 +64,7 @@ class APGD:
         at a checkpoint:  width = ||best - x0||_0 / 1.5
             if ||best - x0||_0 fell by 5%:  size = eps, x = best;  else: size = max(size / 1.5, eps / 10)
 
-    and 30% of the steps run at 3 eps, 30% at 2 eps, the rest at eps.
+    and 30% of the steps run at 3 eps, 30% at 2 eps, the rest at eps (fewer than 3 steps: all at eps).
 
     Args:
         steps: gradient steps.
@@ -120,10 +120,11 @@ class APGD:
         low = torch.full_like(problem.eps, -math.inf)
         size, spread = 2 * problem.eps, low
         if isinstance(problem.threat.region, L1):
-            size = WIDER[0][1] * problem.eps
+            _, _, times = self._stage(0)
+            size = times * problem.eps
             if self.random_start and problem.warm is None:
                 # a uniform point changes every coordinate a little; of ten times its change a tenth of them survives
-                far = problem.x0 + 10 * WIDER[0][1] * (x - problem.x0)
+                far = problem.x0 + 10 * times * (x - problem.x0)
                 x = problem.threat.region.project(far, problem.x0, size, problem.threat.box)
             spread = changed(x, problem.x0)
         total = x[0].numel()
@@ -176,6 +177,8 @@ class APGD:
 
     def _stage(self, k: int) -> tuple[int, int, float]:
         """Of the stage that step k is in: first step, steps between checkpoints, times the radius."""
+        if self.steps < len(WIDER):  # too few to come back from the wider balls
+            return 0, 1, WIDER[-1][1]
         begins = [math.ceil(round(share * self.steps, 9)) for share, _ in WIDER] + [self.steps]
         i = max(i for i in range(len(WIDER)) if begins[i] <= k)
         return begins[i], max(1, math.ceil(0.04 * (begins[i + 1] - begins[i]))), WIDER[i][1]
