@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from mohs.problem import Goal
 
@@ -159,6 +160,24 @@ def probability_margin(logits: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
     won, lost = 2 * gain.gather(1, up), -2 * loss.gather(1, down)
     pair = cotangent.scatter(1, up, won).scatter_(1, down, lost)
     return value, torch.where(reach, cotangent, pair)
+
+
+def likelihood(logits: Tensor, goal: Goal, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(goal) of logits / ``unit`` [B], times unit, and its derivative by the logits: what L-BFGS climbs.
+
+    Reaching a class it is the log-probability of the class, leaving one that of 'any other', log(1 - p). With the goal's odds
+    o against all else it is -softplus(-o): a hinge with a round corner, ``unit`` logits wide.
+
+    >>> value, cotangent = likelihood(torch.tensor([[9.0, 0.0]]), Goal.leave(torch.tensor([0])), torch.ones(1))
+    >>> round(float(value), 3), [round(c, 3) for c in cotangent[0].tolist()]
+    (-9.0, [-1.0, 1.0])
+    """
+    pivot, sign = goal.pivot.unsqueeze(1), goal.sign.to(logits)
+    own = logits.gather(1, pivot)
+    rest = logits.scatter(1, pivot, -torch.inf) / unit.unsqueeze(1)
+    odds = sign * (rest.logsumexp(1) - own.squeeze(1) / unit) - goal.confidence / unit
+    cotangent = rest.softmax(1).scatter_(1, pivot, -1.0) * (sign * torch.sigmoid(-odds)).unsqueeze(1)
+    return -torch.nan_to_num(unit * softplus(-odds), nan=torch.finfo(logits.dtype).max), cotangent
 
 
 def from_loss(loss: Callable[[Tensor, Goal], Tensor]) -> Objective:

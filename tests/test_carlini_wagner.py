@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 import mohs
 from mohs.attacks import EAD, LBFGS, CarliniWagner
 from mohs.attacks._adam import Adam, to_point, to_variable
-from mohs.attacks.lbfgs import likelihood
 from mohs.errors import ThreatError, UsageError
+from mohs.objectives import likelihood
 from mohs.problem import Goal
 
 FREE = " in [-inf, inf]"
@@ -205,10 +206,10 @@ def test_lbfgs_finds_what_scipy_finds(targeted: bool) -> None:
             def function(v: np.ndarray) -> tuple[float, np.ndarray]:
                 z = torch.from_numpy(v).unsqueeze(0).requires_grad_(True)
                 logits = model(z)
-                loss, cotangent = likelihood(type("P", (), {"goal": goal}), logits.detach(), unit)
-                (slope,) = torch.autograd.grad(logits, z, cotangent)
+                value, cotangent = likelihood(logits.detach(), goal, unit)
+                (slope,) = torch.autograd.grad(logits, z, -cotangent)
                 r = v - x[i].numpy()
-                return float(r @ r + c * loss), 2 * r + c * slope[0].numpy()
+                return float(r @ r + c * -value), 2 * r + c * slope[0].numpy()
 
             found = minimize(function, x[i].numpy(), jac=True, method="L-BFGS-B", bounds=[(0, 1)] * 10).x
             met = bool(goal.margin(model(torch.from_numpy(found).unsqueeze(0)).detach()) > 0)
@@ -219,6 +220,21 @@ def test_lbfgs_finds_what_scipy_finds(targeted: bool) -> None:
             c = math.sqrt(low * high)
             low, high = (low, c) if best(c)[0] else (c, high)
         assert float(out.size[i]) < 1.03 * best(high)[1]
+
+
+@pytest.mark.parametrize("confidence", [0.0, 2.0])
+@pytest.mark.parametrize("goal", [Goal.leave, Goal.attain], ids=["leave", "attain"])
+def test_the_likelihood_and_its_derivative(goal: Callable[..., Goal], confidence: float) -> None:
+    z = (3 * inputs(20, 4, dtype=torch.float64)).requires_grad_(True)
+    label, unit = torch.arange(20) % 4, 0.1 + inputs(20, 1, dtype=torch.float64, seed=1).squeeze(1)
+    p = (z / unit.unsqueeze(1)).softmax(1).gather(1, label.unsqueeze(1)).squeeze(1)
+    won = p if goal == Goal.attain else 1 - p
+    odds = (won / (1 - won)).log() - confidence / unit
+    want = unit * nn.functional.logsigmoid(odds)
+    (slope,) = torch.autograd.grad(want.sum(), z)
+    value, cotangent = likelihood(z.detach(), goal(label, confidence=confidence), unit)
+    torch.testing.assert_close(value, want.detach(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(cotangent, slope, rtol=1e-6, atol=1e-9)
 
 
 def test_ead_leaves_most_coordinates_alone() -> None:

@@ -47,7 +47,7 @@ FARTHEST = 0.3
 
 
 @dataclass
-class Search(Rows):
+class Round(Rows):
     """``c`` [B]: weight of the goal; ``rate`` [B]: first step length of a round; ``won`` [B]: has this round succeeded;
     ``finished`` [B]: is there nothing more to gain."""
 
@@ -56,40 +56,21 @@ class Search(Rows):
     won: Tensor
     finished: Tensor
 
-    @classmethod
-    def first(cls, problem: Problem, gap: Tensor, g: Tensor, w: Tensor) -> Self:
-        """Weight and step length from the boundary linearised at the first point: ``gap`` [B] logits away, gradient ``g``."""
-        raise NotImplementedError
-
     def penalty(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """What is minimised beside the goal, [B], and its gradient."""
         return r.square().flatten(1).sum(1), 2 * r
 
-    def saw(self, problem: Problem, view: View, g: Tensor, w: Tensor, x: Tensor) -> Self:
-        """Take note of the point ``x`` with variable ``w``."""
-        raise NotImplementedError
-
     def over(self) -> Tensor:
         """[B] bool: has a round reached its end before its time?"""
         return torch.zeros_like(self.won)
-
-    def next_round(self, ended: Tensor, w: Tensor) -> tuple[Self, Tensor]:
-        """What the rows that ``ended`` [B] do next, and the variables they start it from."""
-        raise NotImplementedError
 
     def place(self, x: Tensor, x0: Tensor) -> Tensor:
         """The point to look at."""
         return x
 
 
-def search_of(problem: Problem) -> type[Search]:
-    """The search for the region of a threat."""
-    region = problem.threat.region
-    return Elimination if isinstance(region, L0) else Ceiling if isinstance(region, Linf) else Weight
-
-
 @dataclass
-class Weight(Search):
+class Weight(Round):
     """L2: minimise |r|^2 + c f(x) and bisect for the smallest ``c`` between ``low`` (failed) and ``high`` (succeeded).
 
     A weight succeeds where its descent ends among successes: ``quiet`` [B] looks have gone by since the last one. What is met
@@ -127,7 +108,7 @@ class Weight(Search):
 
 
 @dataclass
-class Ceiling(Search):
+class Ceiling(Round):
     """Linf: minimise sum(max(|r| - tau, 0)) + c f(x), and lower the ceiling ``tau`` as long as that succeeds.
 
     ``size`` [B] is the smallest success and ``base`` [B, ...] its variable, ``floor`` [B] the highest ceiling that failed
@@ -184,7 +165,7 @@ class Ceiling(Search):
 
 
 @dataclass
-class Elimination(Search):
+class Elimination(Round):
     """L0: minimise |r|^2 + c f(x) over the ``free`` [B, P] positions, and drop those that matter least, round after round.
 
     ``size`` [B] positions sufficed: the ``proven`` [B, P] ones, with the variable ``base`` [B, ...], where each was ``worth``
@@ -252,6 +233,15 @@ class Elimination(Search):
         width = x0[0].numel() // self.free.shape[1]
         kept = self.free.unsqueeze(1).expand(-1, width, -1).reshape(x0.shape)
         return torch.where(kept, x, x0)
+
+
+Search = Weight | Ceiling | Elimination
+
+
+def search_of(problem: Problem) -> type[Weight] | type[Ceiling] | type[Elimination]:
+    """The search for the region of a threat."""
+    region = problem.threat.region
+    return Elimination if isinstance(region, L0) else Ceiling if isinstance(region, Linf) else Weight
 
 
 def _positions(problem: Problem, v: Tensor) -> Tensor:

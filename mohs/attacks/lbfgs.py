@@ -8,12 +8,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from mohs.attacks._base import State
 from mohs.attacks._searches import Weight, distance, known, shortfall
 from mohs.attacks._settings import check_whole
-from mohs.objectives import margin
+from mohs.objectives import likelihood, margin
 from mohs.problem import Problem
 from mohs.regions import Box, per_row
 from mohs.threat import Access
@@ -124,8 +123,8 @@ class LBFGS:
             unit = SMOOTH * torch.nan_to_num(view.margin.abs(), nan=1.0, posinf=1.0).clamp_min(
                 torch.finfo(x.dtype).tiny
             )
-        loss, cotangent = likelihood(problem, view.logits, unit)
-        slope = view.pull(cotangent)
+        value, cotangent = likelihood(view.logits, problem.goal, unit)
+        loss, slope = -value, -view.pull(cotangent)
         if search is None:
             search = self._first(problem, gap, slope)
 
@@ -189,20 +188,6 @@ class LBFGS:
         # the box may bend a quasi-Newton step until it climbs; the gradient's it cannot
         steep = _dot(gradient, newton) < -ANGLE * g.norm(dim=1) * newton.flatten(1).norm(dim=1)
         return torch.where(per_row(steep, point), newton, plain)
-
-
-def likelihood(problem: Problem, logits: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p(goal) of logits / unit, times unit: [B], and its derivative by the logits, [B, K].
-
-    With the class's odds o against all others together it is softplus(-o): a hinge with a round corner, ``unit`` wide.
-    """
-    goal = problem.goal
-    pivot, sign = goal.pivot.unsqueeze(1), goal.sign.to(logits)
-    own = logits.gather(1, pivot)
-    rest = logits.scatter(1, pivot, -math.inf) / unit.unsqueeze(1)
-    odds = sign * (rest.logsumexp(1) - own.squeeze(1) / unit) - goal.confidence / unit
-    cotangent = rest.softmax(1).scatter_(1, pivot, -1.0) * (-sign * torch.sigmoid(-odds)).unsqueeze(1)
-    return torch.nan_to_num(unit * softplus(-odds), nan=torch.finfo(logits.dtype).max), cotangent
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
