@@ -221,3 +221,19 @@ def test_text_has_verdict_bracket_attacks_and_loud_checks(record: Record) -> Non
         assert part in said
     assert "evaluation mode" not in said  # that check is quiet
     assert max(map(len, said.splitlines()[3:4])) < 400
+
+
+def test_the_cost_curve_falls_where_examples_broke(record: Record, content: str) -> None:
+    passes, left = record.cost_curve()
+    broken = record.correct & (record.breaker >= 0)
+    spent = {int(i): 0 for i in record.examples.id[broken]}
+    for attack in record.attacks:  # the same, example by example
+        rows = record.results(attack)
+        for i, cost in zip(rows.example.tolist(), (rows.forwards + rows.backwards).tolist()):
+            if i in spent and attack <= record.breaker[np.searchsorted(record.examples.id, i)]:
+                spent[i] += cost
+    assert passes.tolist() == sorted(set(spent.values()))
+    for cost, share in zip(passes.tolist(), left.tolist()):
+        assert share == pytest.approx(record.clean_accuracy - sum(v <= cost for v in spent.values()) / record.n)
+    assert left[-1] == pytest.approx(record.robust_accuracy)
+    assert 'aria-label="Accuracy against cost.' in content

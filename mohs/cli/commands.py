@@ -57,6 +57,9 @@ AccessName = Annotated[
 Queries = Annotated[
     int | None, Parameter(group=_what, help="looks per example the adversary may take; default: no limit")
 ]
+Control = Annotated[
+    int | None, Parameter(group=_how, help="examples that every attack is tried on, broken or not (default: 100)")
+]
 Stated = Annotated[float | None, Parameter(group=_how, help="clean accuracy the model is said to have, 0 to 1")]
 
 
@@ -142,7 +145,7 @@ def run(
     certify: Annotated[list[str] | None, Parameter(group=_how, help="certificates to try: ibp, crown")] = None,
     access: AccessName = "gradient", queries: Queries = None,
     weights: Weights = None, n: Count = None, split: Split = "test", stated_accuracy: Stated = None,
-    seed: Seed = 0, batch: Batch = None,
+    seed: Seed = 0, batch: Batch = None, control: Control = None,
 ) -> int:  # fmt: skip
     """Attack a model, record the evidence, and give a verdict on a claim.
 
@@ -166,7 +169,7 @@ def run(
         with screen.Progress() as progress:
             record = evaluate(
                 net, dataset, parsed, plan=chosen, claim=stated, out=out, certificates=proofs, seed=seed,
-                batch=batch, stated_accuracy=stated_accuracy, subject=_spec(model, weights), command=_command(),
+                batch=batch, control=control, stated_accuracy=stated_accuracy, subject=_spec(model, weights), command=_command(),
                 notify=progress.notify,
             )  # fmt: skip
     except CertificateContradicted:

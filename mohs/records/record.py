@@ -131,6 +131,20 @@ class Record:
         """Share proved right for every change the threat allows; None when no certificate ran."""
         return None if self.certified is None else _share(self.certified)
 
+    def cost_curve(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Accuracy against cost: numbers of passes [M] at which examples broke, rising, and the accuracy from each on [M].
+
+        The passes are those of one example: forwards and backwards of every attack up to the one that broke it.
+        """
+        spent = np.zeros(self.n, dtype=np.int64)
+        breaker = self.breaker
+        for attack, rows in self._results.items():
+            at = self._at(rows.example)
+            counted = (breaker[at] < 0) | (breaker[at] >= attack)  # not what the control subset got after it was broken
+            np.add.at(spent, at[counted], (rows.forwards + rows.backwards)[counted])
+        passes, fell = np.unique(spent[self.correct & (breaker >= 0)], return_counts=True)
+        return passes, (self.correct.sum() - fell.cumsum()) / max(self.n, 1)
+
     @property
     def contradicted(self) -> NDArray[np.int64]:
         """Positions of examples that are certified and broken at once: none, if certificates are sound."""

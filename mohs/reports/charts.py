@@ -17,7 +17,7 @@ from mohs.records import CurvePoint, Record, clopper_pearson
 from mohs.reports import words
 
 BAR_TOP, BAR_HEIGHT = 44, 76
-CURVE_HEIGHT, LOSS_HEIGHT = 280, 130
+CURVE_HEIGHT, COST_HEIGHT, LOSS_HEIGHT = 280, 170, 130
 PANELS = 6
 LONGEST = 160  # points of a loss curve that are drawn
 
@@ -93,6 +93,30 @@ def radius_curve(record: Record) -> Markup:
         body += _curve(line, right, i, banded=i == 0)
     said = "; ".join(f"{s or 'survivors'}: {_listed(points, s, record)}" for s in sources)
     return _svg("curve", CURVE_HEIGHT + 30, "Accuracy against radius", said, body)
+
+
+def cost_curve(record: Record) -> Markup:
+    """Draw the accuracy left against the passes spent on an example, a staircase over a logarithmic scale."""
+    passes, left = record.cost_curve()
+    left_to = math.floor(math.log10(max(float(passes[0]), 1.0))) if len(passes) else 0
+    decades = max(math.ceil(math.log10(max(float(passes[-1]), 10.0))) if len(passes) else 1, left_to + 1) - left_to
+    body = _grid([(s, f"{s:.0f}%") for s in (0, 25, 50, 75, 100)], COST_HEIGHT)
+    for k in range(decades + 1):
+        body.append(_text(100 * k / decades, COST_HEIGHT + 20, f"{10 ** (left_to + k):,}", "tick", margin=0))
+    if record.header.claim is not None:
+        y = COST_HEIGHT * (1 - record.header.claim.tau)
+        body.append(f'<line x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}" class="claimline"/>')
+    points, level = [(0.0, 100 * (1 - record.clean_accuracy))], 100 * (1 - record.clean_accuracy)
+    for cost, share in zip(passes, left):
+        x = 100 * (math.log10(max(float(cost), 1.0)) - left_to) / decades
+        points += [(x, level), (x, 100 * (1 - float(share)))]
+        level = 100 * (1 - float(share))
+    body.append(_stretched(COST_HEIGHT, f'<path d="{_path([*points, (100.0, level)])}" class="line line0"/>'))
+    said = (
+        f"From {words.percent(record.clean_accuracy)} without any attack to {words.percent(record.robust_accuracy)}; half of "
+        f"those that broke had by {words.count(int(np.median(passes))) if len(passes) else 0} passes."
+    )
+    return _svg("curve", COST_HEIGHT + 30, "Accuracy against cost", said, body)
 
 
 def curve_key(record: Record) -> list[tuple[str, str]]:

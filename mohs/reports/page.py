@@ -71,6 +71,7 @@ def _content(record: Record) -> dict[str, Any]:
         "key": _key(record) if record.n else [],
         "threat": words.threat_rows(header),
         "curve": charts.radius_curve(record) if len(header.curve) > 1 else "",
+        "cost": charts.cost_curve(record) if (record.breaker >= 0).any() else "",
         "curve_key": charts.curve_key(record),
         "radius": lambda eps: words.radius(eps, header.threat_text),
         "losses": charts.loss_panels(record),
