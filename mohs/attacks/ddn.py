@@ -11,9 +11,10 @@ from torch import Tensor
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_positive, check_whole
 from mohs.attacks._smallest import cosine, distance, nothing_left, reach, unit
-from mohs.objectives import Objective, cross_entropy
+from mohs.objectives import Objective, cross_entropy, margin
 from mohs.problem import Problem
 from mohs.regions import per_row
+from mohs.target import View
 from mohs.threat import Access
 
 
@@ -29,7 +30,7 @@ class DDNState(State):
 class DDN:
     """The smallest L2 change by turning its direction with the gradient and its length with success.
 
-        d = (x_k - x0) + alpha_k * size_k * g / ||g||                    g = grad J(x_k, y)
+        d = (x_k - x0) + alpha_k * size_k * g / ||g||            g = grad ((1 - t) J + t margin)(x_k),  t = k / steps
         size_(k+1) = size_k * (1 - gamma_k) if x_k meets the goal, else size_k * (1 + gamma_k)
         x_(k+1) = clip(x0 + size_(k+1) * d / ||d||)
 
@@ -42,7 +43,7 @@ class DDN:
         last_gamma: at the last step.
         alpha: gradient step, relative to the current length; it falls to ``last_alpha`` along a cosine.
         last_alpha: at the last step.
-        objective: what to climb.
+        objective: what to climb at first; its weights of the classes change evenly to those of the logit margin.
 
     Cost: steps + 1 forwards and steps backwards.
 
@@ -55,8 +56,10 @@ class DDN:
 
     **Differs from the paper**: the first length is twice the distance to the linearised boundary instead of 1, and gradient
     steps are relative to the current length instead of to 1, so that the scale of inputs and gradients does not matter;
-    gamma falls, which places the last points closer to the boundary; nothing is rounded to 256 levels; at a finite radius
-    no change grows beyond it.
+    gamma falls, which places the last points closer to the boundary; the objective, brought to the margin's scale,
+    turns into the margin of logits, as only its gradient is normal to the boundary: that of cross-entropy weighs all
+    classes, which chooses well among them but settles beside the nearest point; nothing is rounded to 256 levels; at a
+    finite radius no change grows beyond it.
     **Source**: J. Rony, L. Hafemann, L. Oliveira, I. Ben Ayed, R. Sabourin, E. Granger, "Decoupling direction and norm for
     efficient gradient-based L2 adversarial attacks and defenses", CVPR 2019, algorithm 1.
     """
@@ -85,8 +88,8 @@ class DDN:
         """Turn towards the gradient, then lengthen or shorten."""
         x, size, most = state.x, state.size, state.most
         view = problem.linearize(x, self.objective)
-        g = view.pull(view.cotangent)
         share = k / self.steps
+        g = view.pull(self._weights(problem, view, share))
         gamma = cosine(self.gamma, self.last_gamma, share)
         grown = size * (1 + gamma)
         if k == 0:
@@ -98,3 +101,9 @@ class DDN:
         return DDNState(
             change.add_(problem.x0).clamp_(*problem.threat.box), nothing_left(problem), size=size, most=most
         )
+
+    @staticmethod
+    def _weights(problem: Problem, view: View, share: float) -> Tensor:
+        """[B, K]: what to climb, as weights of the logits: the objective's, and by ``share`` the margin's."""
+        largest = view.cotangent.abs().amax(1, keepdim=True).clamp_min_(torch.finfo(view.cotangent.dtype).tiny)
+        return (view.cotangent / largest).mul_(1 - share).add_(margin(view.logits, problem.goal)[1], alpha=share)
