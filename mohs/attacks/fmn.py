@@ -11,8 +11,9 @@ from torch import Tensor
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_positive, check_whole
 from mohs.attacks._smallest import cosine, distance, free, nothing_left, reach, unit
+from mohs.attacks._sparse import geometry
 from mohs.problem import Problem
-from mohs.regions import L0, per_row
+from mohs.regions import L0, L1, per_row
 from mohs.target import View
 from mohs.threat import Access
 
@@ -34,9 +35,11 @@ class FMN:
                      ||x_k - x0|| + 2 |margin| / ||g||_q            otherwise, g = grad margin(x_k)
         x_(k+1) = project(x_k + alpha_k * length(size_(k+1)) * g / ||g||_2, size_(k+1))
 
-    ``length`` is the Euclidean size of a change that fills the ball evenly: size * D^(1/2 - 1/p). In L0, where sizes are
-    counts and move by at least one, it is the width of the box for each of ten times as many positions. Quick, simple and
-    strong in every norm; start here. It fails where gradients are masked, and in L0 it needs luck with the first coordinates.
+    ``length`` is the Euclidean size of a change that fills the ball evenly, size * D^(1/2 - 1/p); in L1, where changes are
+    sparse, the geometric mean of that and of the length of x_k - x0, brought to this size. In L0, where sizes are counts
+    and move by at least one, it is the width of the box for each of ten times as many positions. Quick, simple and strong
+    in every norm; start here. It fails where gradients are masked, and in L0 it needs luck with the first coordinates and
+    a finite box.
 
     Args:
         steps: gradient steps.
@@ -78,6 +81,8 @@ class FMN:
 
     def init(self, problem: Problem) -> FMNState:
         """At the clean input."""
+        if isinstance(problem.threat.region, L0):
+            geometry(problem)  # refuses a box without a width
         x = problem.begin()
         return FMNState(x, size=problem.threat.region.measure(x, problem.x0), most=reach(problem))
 
@@ -88,12 +93,23 @@ class FMN:
         g = free(view.pull(view.cotangent), x, box)
         share = k / self.steps
         size = self._resize(problem, state, view, g, cosine(self.gamma, self.last_gamma, share))
-        if isinstance(region, L0):
-            length = (box[1] - box[0]) * (10 * size).sqrt()
-        else:
-            length = size * x[0].numel() ** (0.5 - 1 / region.p)
+        length = self._length(problem, x, size)
         moved = unit(g).mul_(per_row(cosine(self.alpha, self.last_alpha, share) * length, x)).add_(x)
         return FMNState(region.project(moved, x0, size, box), nothing_left(problem), size=size, most=state.most)
+
+    @staticmethod
+    def _length(problem: Problem, x: Tensor, size: Tensor) -> Tensor:
+        """[B]: Euclidean length of a change that is typical for a ball of this size."""
+        region, (low, high) = problem.threat.region, problem.threat.box
+        if isinstance(region, L0):
+            return (high - low) * (10 * size).sqrt()
+        even = size * x[0].numel() ** (0.5 - 1 / region.p)
+        if not isinstance(region, L1):
+            return even
+        # a change of few coordinates is far longer than an even one: shorter steps do not sort them out, as long ones overshoot
+        held = region.measure(x, problem.x0)
+        own = torch.linalg.vector_norm((x - problem.x0).flatten(1), dim=1) / held.clamp_min(torch.finfo(x.dtype).tiny)
+        return torch.where(held > 0, (size * own * even).sqrt(), even)
 
     @staticmethod
     def _resize(problem: Problem, state: FMNState, view: View, g: Tensor, gamma: float) -> Tensor:
