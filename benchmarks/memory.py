@@ -21,7 +21,7 @@ from .subjects import SEED, Options
 
 CLASSES, BATCH, SIDE, STEPS = 1000, 16, 224, 2
 ATTACKS = ("DeepFool", "FAB")
-HEAD = ["process", "peak, MiB", "above one pass, MiB", "time, s"]
+HEAD = ["attack", "peak of the whole process, MiB", "above one pass, MiB", "time, s"]
 
 
 def run(options: Options) -> Iterator[str]:
