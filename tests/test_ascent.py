@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import mohs
 from mohs import Goal, Threat
 from mohs.attacks import APGD, BIM, MIFGSM, NIFGSM, ODI, PGD, Job, by_distance, by_logit
+from mohs.attacks.apgd import sparse_move
 from mohs.errors import ThreatError, UsageError
 from mohs.objectives import dlr, margin
 
@@ -106,6 +108,73 @@ def test_apgd_is_its_algorithm_box() -> None:
     for i in range(4):
         want = apgd_to_the_letter(net, x[i], y[i], 0.01, 100)
         torch.testing.assert_close(out.trace[i, 0].double(), want.double(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rises", "gained", "halved", "want"),
+    [
+        (16, True, False, True),  # 16 of 22 steps are no more than three quarters
+        (17, True, False, False),
+        (17, True, True, False),
+        (17, False, False, True),  # neither the step nor the best value has changed since the last checkpoint
+        (17, False, True, False),  # the step has
+    ],
+)
+def test_when_apgd_halves_its_step(rises: int, gained: bool, halved: bool, want: bool) -> None:
+    net, x = Linear(6, 2, dtype=torch.float64), inputs(4, 6, dtype=torch.float64)
+    problem, attack = problem_of(net, x, net(x).argmax(1), "linf:0.1"), APGD(100, objective=margin)
+    state = attack.init(problem)
+    none = torch.zeros_like(problem.eps)
+    top = none + 1e6  # so that the look of this step is no rise
+    state = replace(
+        state, rises=none + rises, top=top, lead=top, value=top, before=top - int(gained), halved=none < int(halved),
+        size=none + 0.05, best=x, slope=torch.ones_like(x),
+    )  # fmt: skip
+    new = attack.step(problem, state, 22)
+    assert new.halved.tolist() == [want] * 4
+    assert new.size.tolist() == [0.025 if want else 0.05] * 4
+    assert torch.equal(new.last, x if want else state.x)
+    assert not new.rises.any()
+    assert torch.equal(new.before, top)
+
+
+def test_the_stages_and_checkpoints_of_l1_are_the_papers() -> None:
+    attack = APGD(100)
+    assert [attack._stage(k) for k in (0, 29, 30, 59, 60, 99)] == [
+        (0, 2, 3.0), (0, 2, 3.0), (30, 2, 2.0), (30, 2, 2.0), (60, 2, 1.0), (60, 2, 1.0),
+    ]  # fmt: skip
+    net, x = Linear(400, 2, dtype=torch.float64), inputs(2, 400, dtype=torch.float64)
+    problem = problem_of(net, x, net(x).argmax(1), "l1:2")
+    state = attack.init(problem)
+    assert bool((state.spread > 20).all())  # a uniform point of the ball has nearly all of them
+    assert bool((state.spread < 90).all())
+    assert bool(((state.x - x).abs().sum(1) <= 6 * (1 + 1e-9)).all())
+    assert state.size.tolist() == [6.0, 6.0]
+    best = x.clone()
+    best[:, :30] = 1 - best[:, :30].round()
+    high = torch.full_like(problem.eps, 1e6)
+    state = replace(state, best=best, top=high, lead=high, value=high, size=high * 0 + 3, slope=torch.ones_like(x))
+    # sparser than at the last checkpoint by 5%: the whole step again, from the best point; else a smaller step
+    new = attack.step(problem, replace(state, spread=torch.tensor([40.0, 30.0], dtype=torch.float64)), 32)
+    assert new.spread.tolist() == [30, 30]
+    assert new.width.tolist() == [20, 20]
+    assert new.size.tolist() == [4.0, 2.0]
+    small = attack.step(problem, replace(state, spread=high * 0 + 30, size=high * 0 + 0.42), 34)
+    assert small.size.tolist() == [0.4, 0.4]  # no less than a tenth of the radius
+    # into a smaller ball: from the best point, with steps that move two thirds of what it changes
+    new = attack.step(problem, state, 60)
+    moved = (new.x != x).sum(1)
+    assert bool((moved < 30).all())
+    torch.testing.assert_close((new.x - x).abs().sum(1), problem.eps)
+    assert new.size.tolist() == [2.0, 2.0]
+    torch.testing.assert_close(new.width, moved / 1.5, check_dtype=False)
+
+
+def test_an_l1_step_moves_the_steepest_coordinates_that_the_box_lets_go() -> None:
+    x, g = torch.tensor([[1.0, 0.5, 0.0, 0.5]]), torch.tensor([[9.0, -2.0, -5.0, 1.0]])
+    one, two = (sparse_move(x, g, torch.tensor([0.2]), torch.tensor([w]), (0.0, 1.0)) for w in (1.9, 2.0))
+    torch.testing.assert_close(one - x, torch.tensor([[0.0, -0.2, 0.0, 0.0]]))
+    torch.testing.assert_close(two - x, torch.tensor([[0.0, -0.1, 0.0, 0.1]]))
 
 
 def test_the_first_l1_stages_are_wider_but_nothing_outside_counts() -> None:

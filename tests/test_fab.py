@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 import mohs
 from mohs import Threat
-from mohs.attacks import FAB, DeepFool
+from mohs.attacks import FAB, DeepFool, Job
 from mohs.attacks._rivals import Boundary
+from mohs.attacks.fab import FABState
 from mohs.errors import UsageError
+from mohs.problem import Problem
 
 THREATS = ["linf:inf", "l2:inf", "l1:inf", "l3:inf"]
 
@@ -102,6 +105,71 @@ def test_points_only_get_closer_with_more_steps() -> None:
     for fewer, more in itertools.pairwise(sizes):
         assert bool((more <= fewer).all())
     assert float((sizes[-1] / sizes[0]).median()) < 0.999
+
+
+def fab_step(attack: FAB, x: Tensor, over: float, met: bool) -> tuple[Problem, FABState]:
+    """The second step from ``x`` of a model of one plane: class 0 up to x[0] = 0.5, then class 1."""
+
+    class Plane(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return torch.stack([torch.zeros_like(z[:, 0]), z[:, 0] - 0.5], 1)
+
+    job = Job(
+        attack, Plane(), torch.tensor([[0.0, 0.2]], dtype=torch.float64), torch.tensor([0]), Threat.parse("l2:inf")
+    )
+    index = torch.zeros(1, dtype=torch.int64)
+    problem = job._problem(index, index)
+    state = attack.step(problem, attack.init(problem), 0)
+    assert bool(x[0, 0] > 0.5) == met
+    return problem, attack.step(problem, replace(state, x=x, over=torch.tensor([over], dtype=x.dtype)), 1)
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.5, 1.0])
+@pytest.mark.parametrize("met", [False, True])
+def test_a_step_is_its_equations(met: bool, beta: float) -> None:
+    attack, over = FAB(beta=beta, alpha_max=0.3), 0.05
+    x0 = torch.tensor([[0.0, 0.2]], dtype=torch.float64)
+    x = torch.tensor([[0.7 if met else 0.4, 0.6]], dtype=torch.float64)
+    _, state = fab_step(attack, x, over, met)
+    base = x0 + beta * (x - x0) if met else x  # equation 10's backward step
+    d, d0 = torch.zeros_like(x), torch.zeros_like(x)
+    d[0, 0], d0[0, 0] = 0.5 - base[0, 0], 0.5
+    near, far = d.norm(), d0.norm()
+    a = min(float(near / (near + far)), 0.3)
+    eta = 1 + over
+    want = (1 - a) * (base + eta * d) + a * (x0 + eta * d0)
+    torch.testing.assert_close(state.x, want, rtol=1e-6, atol=1e-9)
+
+
+def test_the_overshoot_shrinks_where_it_is_all_that_is_left_and_comes_back() -> None:
+    attack = FAB()
+    near = torch.tensor([[0.51, 0.2]], dtype=torch.float64)  # 0.51 < 1.05 * 0.5
+    far = torch.tensor([[0.6, 0.2]], dtype=torch.float64)
+    below = torch.tensor([[0.49, 0.2]], dtype=torch.float64)
+    overs = [float(fab_step(attack, x, 0.04, bool(x[0, 0] > 0.5))[1].over) for x in (near, far, below)]
+    assert overs == pytest.approx([0.02, 0.04, 0.05])
+    assert float(fab_step(attack, below, 0.01, False)[1].over) == pytest.approx(0.02)
+
+
+def test_a_restart_begins_within_half_of_the_first_distance() -> None:
+    net, x = Linear(12, 3, dtype=torch.float64), inputs(32, 12, dtype=torch.float64)
+    y = net(x).argmax(1)
+    index = torch.arange(32)
+    problem = Job(FAB(), net, x, y, Threat.parse("l2:inf"), restarts=2)._problem(index, torch.ones_like(index))
+    state = FAB().step(problem, FAB().init(problem), 0)
+    size = (state.x - x).norm(dim=1)
+    exact = optimum(net, x, y, Threat.parse("l2:inf"))
+    assert bool((size > 0).all())
+    assert bool((size <= exact / 2 * 1.001).all())
+
+
+def test_later_steps_visit_no_more_than_revisit_and_no_class_that_is_too_far() -> None:
+    net, x = relu_net((12,), classes=9, hidden=32), inputs(32, 12)
+    y = net(x).argmax(1)
+    backwards = [int(mohs.attack(FAB(steps=12, revisit=r), net, x, y, "l2:inf").backwards.sum()) for r in (1, 3, 8)]
+    assert backwards[0] < backwards[1] <= backwards[2] < 32 * (8 + 11 * 8)
+    clean = mohs.attack(FAB(steps=12), net, x, (y + 1) % 9, "l2:inf")
+    assert clean.forwards.tolist() == [1] * 32  # met at the clean input: nothing is smaller
 
 
 def test_restarts_begin_elsewhere_and_keep_what_is_better() -> None:

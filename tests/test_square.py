@@ -155,6 +155,64 @@ def test_the_area_falls_as_published() -> None:
     assert square.sides(0.5, torch.zeros(1, 1, 40, 2)) == (20, 2)
 
 
+def test_the_schedule_is_the_papers_over_ten_thousand_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, areas = conv_net(), inputs(2, 1, 12, 12), []
+    p = problem(x, "linf:0.1")
+    p.target.model = p.target.guide = net
+    monkeypatch.setattr(square, "square", lambda problem, best, area, k: areas.append(area) or best)
+    attack = Square(steps=1000)
+    state = attack.init(p)
+    for k in (0, 1, 2, 5, 6, 20, 21, 51, 101, 201, 401, 601, 801, 999):
+        state = attack.step(p, state, k)
+    halvings = [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 9]
+    assert areas == [0.8 / 2**n for n in halvings]
+
+
+@pytest.mark.parametrize("threat", ["linf:0.1", "l2:0.3", "l1:0.5"])
+def test_every_step_draws_anew_and_every_channel_its_own_sign(threat: str) -> None:
+    p = problem(0.3 + 0.4 * inputs(32, 3, 12, 12), threat)
+    propose = square.square if threat.startswith("linf") else square.move
+    best = Square().init(p).x
+    a, b = (propose(p, best, 0.1, k) for k in (0, 1))
+    assert bool((a != b).flatten(1).any(1).all())
+    rise = ((a - p.x0) * (a != best)).flatten(2).sum(2).sign()
+    mixed = (rise.amax(1) > 0) & (rise.amin(1) < 0)
+    assert float(mixed.float().mean()) > 0.4  # three signs are equal a quarter of the time
+
+
+def test_stripes_are_columns_of_their_own() -> None:
+    p = problem(0.3 + 0.4 * inputs(16, 3, 10, 10), "linf:0.1")
+    change = Square().init(p).x - p.x0
+    torch.testing.assert_close(change.abs(), torch.full_like(change, 0.1))
+    up = change > 0
+    assert torch.equal(up, up[:, :, :1].expand_as(up))
+    assert bool((up[:, :, 0].any(2) & ~up[:, :, 0].all(2)).float().mean() > 0.9)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_a_bump_is_made_of_nested_rectangles(p: float) -> None:
+    # equation 2 for a side of five: heights 1 + 1/4 + 1/9 in the middle, 1/4 + 1/9 around it, 1/9 at the border
+    power = 2 if p > 1 else 4
+    heights = torch.tensor([sum(n**-power for n in range(k, 4)) for k in (1, 2, 3)], dtype=torch.float64)
+    row = torch.tensor([2, 1, 0, 1, 2])
+    torch.testing.assert_close(square._bump(5, 5, p), heights[torch.maximum(row.unsqueeze(1), row.unsqueeze(0))])
+
+
+def test_moves_spend_what_two_windows_hold_and_what_was_free() -> None:
+    # the second window is emptied, and its mass goes to the first: the 2-norm stays, and the change gathers
+    p = problem(torch.full((64, 1, 12, 12), 0.5), "l2:0.3")
+    best = Square().init(p).x
+    p.eps = torch.full_like(p.eps, 0.3)
+    new = square.move(p, best, 0.05, 0)
+    moved = (new != best).flatten(1)
+    emptied = moved & ((new - p.x0).flatten(1) == 0)
+    assert bool(moved.any(1).all())
+    assert float(emptied.any(1).float().mean()) > 0.8
+    torch.testing.assert_close((new - p.x0).flatten(1).norm(dim=1), p.eps, rtol=1e-4, atol=0)
+    # outside of the windows nothing moves, so nothing was scaled to fill the radius
+    assert bool((moved.sum(1) <= 2 * 9).all())
+
+
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"share": 0.0}, {"share": 1.5}, {"objective": "margin"}], ids=str)
 def test_bad_settings_are_refused(bad: dict) -> None:
     with pytest.raises(UsageError):
