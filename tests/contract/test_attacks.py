@@ -14,7 +14,7 @@ from core_models import Counting, Linear, conv_net, inputs, relu_net
 from torch import Tensor, nn
 
 import mohs
-from mohs import Access, Threat
+from mohs import Access, Threat, streams
 from mohs.attacks import REGISTRY
 from mohs.errors import AccessError
 
@@ -204,12 +204,48 @@ def test_counters_equal_the_documented_cost(name: str, classes: int) -> None:
         "SparseFool",
     ):  # a limit: classes that cannot be the nearest are not linearised
         assert max(out.backwards.tolist()) <= backwards
+        assert (
+            classes > 2
+            or out.backwards.tolist() == [int(f) - 1 for f in out.forwards]
+            or name in ("JSMA", "SparseFool")
+        )
         assert (model.forwards, model.backwards) <= (forwards, backwards)
         assert int(out.backwards.max()) <= model.backwards <= int(out.backwards.sum())
     else:
         assert out.backwards.tolist() == [backwards] * 5
         assert (model.forwards, model.backwards) == (forwards, backwards)
     assert out.spent == int((out.forwards + out.backwards).sum())
+
+
+EXACT = {  # of 2 classes that no change of 6 numbers in the box exchanges: (forwards, backwards), whatever the weights
+    "DeepFool": (3, 3),  # to the corner; from there a step that gains nothing; one that the box leaves no coordinate
+    "FAB": (5, 4),  # it goes on: one boundary per step
+    "JSMA": (4, 4),  # three pairs, and a look at what is left
+    "SparseFool": (2, 2),  # to the corner, and a look at what is left
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_limits_are_exact_where_the_way_is_known(name: str) -> None:
+    model = Linear(6, 2)
+    with torch.no_grad():
+        model.bias[0] += 50.0
+    counting, threat = Counting(model), first_served(name, "l2:inf", "l0:inf")
+    out = mohs.attack(make(name), counting, inputs(5, 6), torch.zeros(5, dtype=torch.int64), threat, batch=8)
+    assert out.forwards.tolist() == [EXACT[name][0]] * 5
+    assert out.backwards.tolist() == [EXACT[name][1]] * 5
+    assert (counting.forwards, counting.backwards) == EXACT[name]
+
+
+@pytest.mark.parametrize(("name", "cost"), [("DeepFool", (3, 2)), ("SparseFool", (3, 3))])
+def test_a_linear_boundary_is_crossed_at_a_known_cost(name: str, cost: tuple[int, int]) -> None:
+    model, x = Linear(8, 2, dtype=torch.float64), 0.5 + 0.01 * inputs(16, 8, dtype=torch.float64)
+    settings = {"polish": 0} if name == "SparseFool" else {}
+    threat = first_served(name, "l2:inf", "l0:inf") + ("" if name == "SparseFool" else " in [-inf, inf]")
+    out = mohs.attack(make(name, steps=9, **settings), model, x, model(x).argmax(1), threat)
+    assert out.success.all()
+    assert out.forwards.tolist() == [cost[0]] * 16
+    assert out.backwards.tolist() == [cost[1]] * 16
 
 
 @each_attack
@@ -252,19 +288,21 @@ def test_a_larger_radius_never_loses_a_success_on_a_linear_model(name: str) -> N
     assert bool(before.any())
 
 
-@each_attack
-def test_more_steps_never_lose_a_success(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in REGISTRY if n != "FGSM"])  # it has no steps
+def test_more_steps_never_lose_a_success(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attack = REGISTRY[name]
     known = {f.name for f in fields(attack)}
-    if "steps" not in known:
-        pytest.skip("has no steps")
+    length = {"step_size": 0.02} if attack.finite else {}  # elsewhere it is relative to the distance
+    fixed = {k: v for k, v in (length | {"random_start": False}).items() if k in known}
     if not by_gradient(name):
-        pytest.skip("a random search draws other numbers and spreads its schedule over its steps")
-    fixed = {k: v for k, v in {"step_size": 0.02, "random_start": False}.items() if k in known}
+        # its draws follow the number of steps as well, and so does the size of the squares: here, one number at a time
+        monkeypatch.setattr(streams, "text_key", lambda text: 1)
+        fixed["share"] = 1e-6
     net, x = relu_net((12,)), inputs(48, 12)
     y, threat = net(x).argmax(1), norms(name)[0]
     before = torch.zeros(48, dtype=torch.bool)
-    for steps in (1, 2, 4, 8):
+    for steps in (1, 2, 4, 8) if by_gradient(name) else (5, 10, 20, 40):
         now = mohs.attack(attack(steps=steps, **fixed), net, x, y, threat).success
         assert bool((now | ~before).all())
         before = now
+    assert bool(before.any())
