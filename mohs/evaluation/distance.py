@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mohs.attacks import DDN, FAB, FMN, PDPGD, Attack, DeepFool, SigmaZero, attack
+from mohs.attacks import DDN, FAB, FMN, PDGD, PDPGD, Attack, SigmaZero, SuperDeepFool, attack
 from mohs.errors import ThreatError, UsageError
 from mohs.threat import Threat
 
-Leg = tuple[Callable[[int], Attack], float, int, int]
-"""An attack by its number of steps, its share of the budget, the passes of a step, and those beyond its steps: FAB and
-DeepFool linearise several classes, at first more of them."""
+
+@dataclass(frozen=True)
+class Leg:
+    """One attack of the relay: ``make`` builds it from its number of steps. It gets ``share`` of the passes that are left
+    when its turn comes, and ``sure`` steps in any case if there are passes for them; it is passed over where that is fewer
+    than ``least``. A step costs at most ``cost`` passes, and all of them ``beyond`` more. ``warm``: it begins at the best
+    point so far, else at the clean input."""
+
+    make: Callable[[int], Attack]
+    share: float = 1.0
+    cost: int = 2
+    beyond: int = 1
+    sure: int = 0
+    least: int = 1
+    warm: bool = True
+
+    def steps(self, left: int) -> int:
+        """How many steps ``left`` passes allow; 0: not worth it."""
+        shared, most = ((int(part) - self.beyond) // self.cost for part in (self.share * left, left))
+        steps = min(max(shared, self.sure), most)
+        return steps if steps >= self.least else 0
+
+    def bill(self, steps: Tensor, spent: Tensor) -> Tensor:
+        """What the budget is charged, [N]: the most that ``steps`` can cost, or half of it where that covers what was
+        ``spent``. Exact bills would scatter the examples over many small runs of the next leg."""
+        full = (steps * self.cost + self.beyond).masked_fill(steps == 0, 0)
+        return torch.where(2 * spent <= full, (full + 1) // 2, full)
+
+
+QUICK = Leg(SuperDeepFool, 0.25, beyond=11, sure=19)
+"""At the boundary after a few steps and orthogonal to it after twenty; beyond its steps it measures ten classes."""
+PROXIMAL = Leg(PDPGD, 0.7, least=40, warm=False)
+"""Fewer steps do not balance its two weights; both begin with the margin of the clean input."""
 
 ENSEMBLE: dict[str, tuple[Leg, ...]] = {
-    "linf": ((PDPGD, 0.6, 2, 1), (FMN, 0.2, 2, 1), (FAB, 0.2, 4, 8)),
-    "l2": ((DDN, 0.6, 2, 1), (FMN, 0.2, 2, 1), (FAB, 0.2, 4, 8)),
-    "l1": ((PDPGD, 0.8, 2, 1), (FAB, 0.2, 4, 8)),
-    "l0": ((SigmaZero, 1.0, 2, 1),),
-    "lp": ((DeepFool, 0.4, 5, 8), (FAB, 0.6, 4, 8)),
+    "linf": (QUICK, PROXIMAL, Leg(FMN)),
+    "l2": (QUICK, Leg(PDGD, 0.7, least=50, warm=False), Leg(DDN)),
+    "l1": (QUICK, PROXIMAL, Leg(FMN)),
+    "l0": (Leg(SigmaZero),),
+    "lp": (QUICK, Leg(FAB, cost=4, beyond=8)),
 }
-"""Which attacks run in which region, one after the other, each from the best point so far: first one that crosses valleys,
-then one that follows the boundary, last one that is exact where the boundary is straight."""
+"""Which attacks run in which region, one after the other: first a quick one, then one that crosses valleys, last one that
+follows the boundary from the best point so far."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +112,8 @@ def minimum_norm(
 ) -> Distances:
     """Find the smallest change of each example that changes the answer, with several attacks under one budget.
 
-    The attacks of the region run one after the other, each from the best point found so far, and share the passes.
+    The attacks of the region run one after the other and share the passes: a quick one first, then one that searches anew, last
+    one that goes on from the best point. What an attack does not need, another gets.
 
     Args:
         model: inputs in the box to logits; in eval mode.
@@ -97,7 +128,7 @@ def minimum_norm(
 
     Raises:
         ThreatError: a finite radius.
-        UsageError: too few passes for a step of each attack.
+        UsageError: too few passes for a step of any attack.
 
     >>> net = torch.nn.Linear(2, 2, bias=False)
     >>> _ = net.weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
@@ -115,26 +146,38 @@ def minimum_norm(
             f"'{threat.region.name}:inf', or use mohs.attack at a radius."
         )
     relay = ENSEMBLE[threat.region.kind]
-    least = max(math.ceil((cost + beyond) / share) for _, share, cost, beyond in relay)
+    least = next(n for n in itertools.count(1) if any(leg.steps(n) for leg in relay))
     if type(passes) is not int or passes < least:
         raise UsageError(f"passes must be a whole number >= {least} for {threat.region.name}; got {passes!r}.")
     best, size = x.detach().clone(), x.new_full((len(x),), torch.inf)
     by, spent = [""] * len(x), y.new_zeros((2, len(x)))
-    for leg, (make, share, cost, beyond) in enumerate(relay):
-        one = make(int((share * passes - beyond) / cost))
-        name = type(one).__name__
+    left = torch.full_like(spent[0], passes)
+    for leg in relay:
+        before = spent.sum(0)
+        steps = torch.tensor(
+            [leg.steps(n) for n in left.masked_fill(size == 0, 0).tolist()], dtype=y.dtype, device=y.device
+        )
+        finished = int((steps == 0).sum())
+        for count in steps[steps > 0].unique().tolist():
+            rows = (steps == count).nonzero().squeeze(1)
+            one = leg.make(count)
+            name = type(one).__name__
 
-        def tell(done: int, _: int, name: str = name) -> None:
-            if progress is not None:
-                progress(name, done, len(x))
+            def tell(done: int, _: int, name: str = name, finished: int = finished) -> None:
+                if progress is not None:
+                    progress(name, finished + done, len(x))
 
-        found = attack(
-            one, model, x, y, threat, targets=targets, seed=seed, batch=batch, progress=tell,
-            start=best if leg else None,
-        )  # fmt: skip
-        closer = found.size < size
-        best[closer], size[closer] = found.x[closer], found.size[closer]
-        by = [name if c else b for c, b in zip(closer.tolist(), by)]
-        spent[0] += found.forwards
-        spent[1] += found.backwards
+            found = attack(
+                one, model, x[rows], y[rows], threat, targets=None if targets is None else targets[rows], seed=seed,
+                batch=batch, progress=tell, start=best[rows] if leg.warm else None,
+            )  # fmt: skip
+            finished += len(rows)
+            closer = found.size < size[rows]
+            won = rows[closer]
+            best[won], size[won] = found.x[closer], found.size[closer]
+            for row in won.tolist():
+                by[row] = name
+            spent[0, rows] += found.forwards
+            spent[1, rows] += found.backwards
+        left -= leg.bill(steps, spent.sum(0) - before)
     return Distances(best, size, by, spent[0], spent[1])
