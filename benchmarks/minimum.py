@@ -28,9 +28,43 @@ from .subjects import SEED, Options
 NORMS = {"linf": math.inf, "l2": 2.0, "l1": 1.0, "l0": 0.0}
 PEER_BATCH = 256
 PROBED = 16  # rows that tell what a step costs
+BUNDLED = 1000  # images that come with the project
+PATIENCE = 60.0  # CPU seconds; whoever takes longer is left out
+RELAY = "mohs minimum_norm"
+TWICE = f"{RELAY}, twice the passes"
+SAME = {
+    "DeepFool": "DeepFool", "FAB": "FAB", "DDN": "DDN", "FMN": "FMN", "PDGD": "PDGD", "PDPGD": "PDPGD", "ALMA": "ALMA",
+    "SuperDeepFool": "SDF", "TrustRegion": "TR", "CarliniWagner": "CW", "EAD": "EAD", "SigmaZero": "sigma-zero",
+}  # fmt: skip
+"""Our attack by the peers' name of the same one."""
+
 HEAD = ["attack", "median size", "mean size, common", "success", "passes per row", "steps", "CPU, s"]
 
 Run = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+
+
+class TooSlow(Exception):
+    """An attack that takes more CPU seconds than a comparison is worth."""
+
+
+class TooFar(Exception):
+    """A trial of an attack that takes many times the passes it should."""
+
+
+class Patient(Counted):
+    """A counted model that gives up after ``seconds`` of CPU time, or ``most`` rows that went forward."""
+
+    def __init__(self, model: nn.Module, seconds: float, most: float = math.inf) -> None:
+        super().__init__(model)
+        self.end, self.most, self.rows = time.process_time() + seconds, most, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows += len(x)
+        if time.process_time() > self.end:
+            raise TooSlow
+        if self.rows > self.most:
+            raise TooFar
+        return super().forward(x)
 
 
 @dataclass(frozen=True)
@@ -56,10 +90,11 @@ def run(options: Options) -> Iterator[str]:
         "backward to its input), found on a few rows first; DeepFool and others that end by themselves take fewer. Everything is "
         "scored outside: the answer differs, the point lies in the box. Not found counts as infinitely far, so the median is over "
         "all images. 'Common': over the images that every attack of the table with at least 90% success broke. "
-        "Times are CPU seconds of one run."
+        f"Times are CPU seconds of one run; whoever takes more than {PATIENCE:.0f} is left out. Below each table: the relay beside "
+        "the best peer, and each of ours beside the best peer with the same attack."
     )
-    # ours pads its last batch, so as many rows as were asked for, and these a power of two, keep the comparison equal
-    chosen, absent = available(options.subjects, 2 * options.robust_rows)
+    # ours pads its last batch, so a multiple of it keeps the comparison equal: 256, 512 ... rows
+    chosen, absent = available(options.subjects, min(2 * options.robust_rows, max(BUNDLED, options.robust_rows)))
     yield from absent
     for subject in (s.correct().take(options.robust_rows) for s in chosen):
         for norm in options.norms:
@@ -70,19 +105,54 @@ def _compare(subject: RobustSubject, norm: str, options: Options) -> Iterator[st
     found: dict[str, Found] = {}
     failures = []
     for name, attack in {**ours(norm, options.attacks), **_theirs(norm, options)}.items():
+        budget = 2 * options.passes if name == TWICE else options.passes
         try:
-            found[name] = measured(attack, subject, NORMS[norm], options.passes)
+            found[name] = measured(attack, subject, NORMS[norm], budget, relay=name in (RELAY, TWICE))
+        except TooSlow:
+            failures.append(f"{name} left out: more than {PATIENCE:.0f} s.")
         except Exception as error:  # a peer may fail in any way, and so may an attack under construction
             failures.append(f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         subject.net.zero_grad(set_to_none=True)
+    rows, text = page(subject, norm, found, options.passes)
+    options.keep("minimum", [{"net": subject.name, "norm": norm, **row} for row in rows])
+    yield text
+    yield from failures
+
+
+def page(
+    subject: RobustSubject, norm: str, found: dict[str, Found], budget: int
+) -> tuple[list[dict[str, object]], str]:
+    """The table, best median first, as rows and as text with the ratios below it."""
     strong = [f.size for f in found.values() if float(f.size.isfinite().float().mean()) >= 0.9]
     common = (
         torch.stack([s.isfinite() for s in strong]).all(0) if strong else torch.zeros(len(subject.x), dtype=torch.bool)
     )
     rows = [_row(name, f, common) for name, f in sorted(found.items(), key=lambda item: item[1].median)]
-    options.keep("minimum", [{"net": subject.name, "norm": norm, **dict(zip(HEAD, row, strict=True))} for row in rows])
-    yield f"**{subject.name}**, {norm}, {len(subject.x)} correctly classified images:\n\n{table(HEAD, rows)}"
-    yield from failures
+    title = f"**{subject.name}**, {norm}, {len(subject.x)} correctly classified images:"
+    lines = "\n".join(f"- {line}" for line in (*beside_the_best(found, budget), *beside_the_same(found)))
+    return [dict(zip(HEAD, row, strict=True)) for row in rows], f"{title}\n\n{table(HEAD, rows)}\n\n{lines}"
+
+
+def beside_the_best(found: dict[str, Found], budget: int) -> Iterator[str]:
+    """The relay's median over that of the best peer within the budget, at equal passes and at twice as many."""
+    peers_found = {name: f for name, f in found.items() if not name.startswith("mohs ") and f.passes <= 1.1 * budget}
+    if not peers_found:
+        return
+    best = min(peers_found, key=lambda name: peers_found[name].median)
+    for name in (RELAY, TWICE):
+        if name in found:
+            yield f"{name}: median {found[name].median / peers_found[best].median:.4f} of the best peer's ({best})"
+
+
+def beside_the_same(found: dict[str, Found]) -> Iterator[str]:
+    """Median and CPU seconds of each of ours over those of the best peer with the same attack."""
+    for mine, theirs in SAME.items():
+        rivals = [name for name in found if not name.startswith("mohs ") and name.split(" ", 1)[1] == theirs]
+        if f"mohs {mine}" not in found or not rivals:
+            continue
+        own, best = found[f"mohs {mine}"], min(rivals, key=lambda name: found[name].median)
+        ratio, seconds = own.median / found[best].median, own.seconds / found[best].seconds
+        yield f"{mine}: median {ratio:.4f}, CPU {seconds:.2f} of {best}'s"
 
 
 def _row(name: str, f: Found, common: Tensor) -> list[object]:
@@ -94,21 +164,28 @@ def _row(name: str, f: Found, common: Tensor) -> list[object]:
     ]  # fmt: skip
 
 
-def measured(attack: Run, subject: RobustSubject, norm: float, budget: int) -> Found:
-    """Run an attack with the steps that the budget of passes per row allows; everything counted, scored and timed."""
+def measured(attack: Run, subject: RobustSubject, norm: float, budget: int, relay: bool = False) -> Found:
+    """Run an attack with the steps that the budget of passes per row allows (a relay takes the passes themselves); everything
+    counted, scored and timed."""
     few = subject.take(PROBED)
-    steps = budget // 2
-    for _ in range(3):  # an attack may cost anything per step, and its start may cost as much as its steps
-        counted = Counted(subject.net)
-        attack(counted, few.x, few.y, steps)
+    steps = budget if relay else budget // 2
+    for _ in range(0 if relay else 4):  # an attack may cost anything per step, its start as much as its steps
+        counted = Patient(subject.net, PATIENCE / 4, 3 * budget * len(few.x))
+        try:
+            attack(counted, few.x, few.y, steps)
+        except TooFar:
+            steps = max(1, steps // 8)
+            continue
         passes = (counted.forwards + counted.backwards) / len(few.x)
         if 0.9 * budget <= passes <= 1.05 * budget:
             break
         steps = min(max(1, math.floor(steps * budget / passes)), budget)
-    counted = Counted(subject.net)
     start = time.process_time()
+    counted = Patient(subject.net, PATIENCE)
     x = attack(counted, subject.x, subject.y, steps)
     seconds = time.process_time() - start
+    if seconds > PATIENCE:
+        raise TooSlow
     passes = (counted.forwards + counted.backwards) / len(subject.x)
     return Found(sizes(subject, x, norm), passes, steps, seconds)
 
@@ -125,13 +202,14 @@ def sizes(subject: RobustSubject, x: Tensor, norm: float) -> Tensor:
 
 
 def ours(norm: str, names: tuple[str, ...] = ()) -> dict[str, Run]:
-    """Every attack of the registry that looks for the smallest change in this region, by name."""
+    """The relay, and every attack of the registry that looks for the smallest change in this region, by name."""
     threat = Threat.parse("l0-features:inf" if norm == "l0" else f"{norm}:inf")
-    return {
+    single = {
         f"mohs {name}": partial(_ours, kind, threat)
         for name, kind in REGISTRY.items()
         if (not names or name in names) and serves(kind, threat)
     }
+    return {RELAY: partial(_relay, threat), TWICE: partial(_relay, threat), **single}
 
 
 def serves(kind: Any, threat: Threat) -> bool:
@@ -157,6 +235,10 @@ def with_steps(kind: Any, steps: int) -> Any:
 
 def _ours(kind: Any, threat: Threat, model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
     return mohs.attack(with_steps(kind, steps), model, x, y, threat, seed=SEED).x
+
+
+def _relay(threat: Threat, model: nn.Module, x: Tensor, y: Tensor, passes: int) -> Tensor:
+    return mohs.minimum_norm(model, x, y, threat, passes=passes, seed=SEED).x
 
 
 def _theirs(norm: str, options: Options) -> dict[str, Run]:
