@@ -149,6 +149,59 @@ def test_what_is_refused() -> None:
         JSMA(increase=False, decrease=False)
 
 
+# --- sigma-zero -------------------------------------------------------------------------------------------------------
+
+
+def sigma_zero_to_the_letter(net: nn.Module, x0: Tensor, y: int, steps: int) -> Tensor:
+    """Algorithm 1 for one row [channels, H, W] in the unit box, as printed; the margin at every look."""
+    d, first, second, t, values = torch.zeros_like(x0), torch.zeros_like(x0), torch.zeros_like(x0), 0.3, []
+    for k in range(steps + 1):
+        v = d.clone().requires_grad_(True)
+        z = net((x0 + v).unsqueeze(0))[0]
+        margin = torch.cat([z[:y], z[y + 1 :]]).max() - z[y]
+        (up,) = torch.autograd.grad(margin, v)
+        values.append(float(margin.detach()))
+        c = v.square().sum(0)
+        (g,) = torch.autograd.grad((c / (c + 1e-3)).mean(), v)
+        if values[-1] <= 0:
+            g = g - up / up.abs().max()
+        g = g / g.abs().max()
+        rate, pace = (0.1 + 0.45 * (1 + math.cos(math.pi * i / steps)) for i in (max(k - 1, 0), k))
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+        d = d - rate * first / (1 - 0.9 ** (k + 1)) / ((second / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
+        d = (x0 + d).clamp(0, 1) - x0
+        t = min(max(t + 0.01 * pace * (1 if values[-1] > 0 else -1), 0), 1)
+        d = torch.where((d.abs() >= t).any(0), d, 0.0)
+    return torch.tensor(values)
+
+
+def far_from_the_boundary() -> nn.Module:
+    """A net of 3 x 5 x 5 inputs that answers class 0 until several positions are changed."""
+    net = nn.Sequential(nn.Flatten(), relu_net((75,), hidden=24)).double()
+    with torch.no_grad():
+        net[1][-1].bias[0] += 1.5
+    return net
+
+
+def test_sigma_zero_is_its_algorithm_box() -> None:
+    net, x = far_from_the_boundary(), inputs(4, 3, 5, 5, dtype=torch.float64)
+    y = torch.zeros(4, dtype=torch.int64)
+    out = mohs.attack(SigmaZero(steps=40, polish=0), net, x, y, "l0:inf", trace=True)
+    for i in (out.size > 1).nonzero().flatten().tolist():
+        want = sigma_zero_to_the_letter(net, x[i], int(y[i]), 40)
+        torch.testing.assert_close(out.trace[i, 0, :40].double(), want[:40].double(), rtol=1e-5, atol=1e-7)
+    assert int((out.size > 1).sum()) > 1
+
+
+def test_the_polish_begins_at_the_best_point() -> None:
+    net, x = far_from_the_boundary(), inputs(12, 3, 5, 5, dtype=torch.float64)
+    y = torch.zeros(12, dtype=torch.int64)
+    out = mohs.attack(SigmaZero(steps=40, polish=10), net, x, y, "l0:inf", trace=True)
+    looks = out.trace[out.size > 1, 0]
+    assert len(looks) > 3
+    assert bool(((looks[:, :30] - looks[:, 30:31]).abs().amin(1) < 1e-9).all())
+
+
 # --- JSMA -------------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +242,62 @@ def test_small_steps_return_to_a_feature() -> None:
     assert bool((out.forwards[out.success] > out.size[out.success]).any())
 
 
+class Hill(nn.Module):
+    """Best at 0.5, where it still falls short."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = -((x[:, 0] - 0.5) ** 2) - 0.01
+        return torch.stack([torch.zeros_like(height), height], 1)
+
+
+@pytest.mark.parametrize("start", [0.3, 0.7])
+def test_a_feature_once_moved_keeps_its_direction(start: float) -> None:
+    x = torch.tensor([[start, 0.5]])
+    out = mohs.attack(JSMA(step_size=0.4, pairs=False), Hill(), x, torch.tensor([0]), "l0:inf")
+    assert (int(out.forwards), int(out.backwards)) == (2, 2)  # across the hill; there is no way back
+
+
+class Three(nn.Module):
+    """Logits x W of three classes, beside a bias."""
+
+    def __init__(self, weight: list[list[float]], bias: list[float]) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.tensor(weight)), nn.Parameter(torch.tensor(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_change_that_lifts_the_rival_too_is_not_salient(pairs: bool) -> None:
+    # all changes raise class 1, but class 0 by more
+    model, x = Three([[2.0, 1.0, 0.0], [3.0, 1.0, 0.0]], [0.5, 0.0, -9.0]), torch.full((1, 2), 0.5)
+    out = mohs.attack(
+        JSMA(pairs=pairs, decrease=False), model, x, torch.tensor([0]), "l0:inf", targets=torch.tensor([1])
+    )
+    assert (int(out.forwards), int(out.backwards)) == (1, 2)
+
+
+@pytest.mark.parametrize("all_rivals", [False, True])
+def test_rivals_are_the_strongest_or_all_of_them(all_rivals: bool) -> None:
+    # the first feature lifts a third class that is far below, by more than it lowers the strongest
+    model, x = Three([[-1.0, 1.0, 5.0], [-0.5, 0.5, -1.0]], [0.05, 0.0, -99.0]), torch.full((1, 2), 0.01)
+    attack = JSMA(pairs=False, decrease=False, all_rivals=all_rivals, polish=0)
+    out = mohs.attack(attack, model, x, torch.tensor([0]), "l0:inf")
+    assert out.success.all()
+    assert (out.x != x)[0].tolist() == [not all_rivals, all_rivals]
+
+
+@pytest.mark.parametrize("kind", [JSMA, SparseFool])
+def test_the_polish_has_as_many_looks_as_it_is_given(kind: type) -> None:
+    model, x = Linear(30, 2, seed=1), 0.3 + 0.4 * inputs(24, 30)
+    y = model(x).argmax(1)
+    plain, five = (mohs.attack(kind(polish=p), model, x, y, "l0:inf") for p in (0, 5))
+    several = five.size > 1
+    assert bool(several.any())
+    assert torch.equal(five.forwards[several], plain.forwards[several] + 5)
+
+
 def test_the_region_itself_is_exact_without_sorting_everything() -> None:
     score = torch.tensor([[3.0, 1.0, 3.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     x0, x = torch.zeros(2, 5), torch.ones(2, 5)
@@ -212,6 +321,33 @@ def test_sparsefool_crosses_every_linear_boundary_and_its_plane_is_controlled() 
     assert near.size.mean() < far.size.mean()
     polished = mohs.attack(SparseFool(), model, x, y, "l0:inf")
     assert (polished.size == exact).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.05])
+@pytest.mark.parametrize("overshoot", [0.02, 0.2])
+def test_sparsefool_is_its_algorithm_box(overshoot: float, confidence: float) -> None:
+    # one rival and a short way: DeepFool goes beyond the boundary by the overshoot, the solver by control and overshoot
+    model, x = Linear(30, 2, seed=1, dtype=torch.float64), 0.5 + 0.001 * inputs(16, 30, dtype=torch.float64)
+    x[:, ::3] = torch.arange(10) % 2.0  # at a bound: the box lets about half of them go
+    with torch.no_grad():
+        model.bias[0] += model(x).diff(dim=1).amax() + 0.05
+    y = model(x).argmax(1)
+    assert not y.any()
+    attack = SparseFool(overshoot=overshoot, polish=0)
+    out = mohs.attack(attack, model, x, y, "l0:inf", trace=True, confidence=confidence)
+    value, more = out.trace[:, 0], 1 + overshoot
+    gap = confidence - value[:, 0]
+    short = gap < 0.3  # else a coordinate reaches the bound
+    assert int(short.sum()) > 3
+    torch.testing.assert_close(value[short, 1], (gap * overshoot + confidence)[short], rtol=1e-6, atol=1e-9)
+    w = (model.weight[:, 1] - model.weight[:, 0]).detach()
+    plane = 3.0 * more * gap
+    if overshoot < 0.1:
+        shortest = mohs.L1(math.inf).shortest(w.expand_as(x), plane, x, (0.0, 1.0))
+        there = (x + more * shortest).clamp(0, 1)
+        torch.testing.assert_close(
+            value[short, 2], model(there).diff(dim=1).squeeze(1).detach()[short], rtol=1e-6, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("projected", [False, True])
