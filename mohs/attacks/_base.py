@@ -34,7 +34,8 @@ class Attack(Protocol):
         needs: the access it asks for.
         finite: does it need a finite radius?
         random: do restarts differ? (Taken for granted where it is not said.)
-        uneven: do its rows differ in how many backwards a step takes? Then smaller batches waste less (taken for no).
+        uneven: do its rows differ in how many backwards a step takes, or in how many steps they take where the budget is
+            spent? Then smaller batches waste less (taken for no).
         norms: the regions it serves, of "linf", "l2", "l1", "l0" and "lp" (where it is not said: all of them).
     """
 

@@ -70,6 +70,7 @@ class SuperDeepFool:
     patience: int = 10
     needs: ClassVar[Access] = Access.GRADIENT
     finite: ClassVar[bool] = False
+    uneven: ClassVar[bool] = True
     random: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = ("l1", "l2", "lp", "linf")
 
