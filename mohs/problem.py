@@ -204,19 +204,8 @@ class Problem(Rows):
 
     def advance(self, x: Tensor, g: Tensor, size: Tensor) -> Tensor:
         """One ascent step of length ``size`` [B] along ``g``, and back into region and box."""
-        return self._inside(self.threat.region.advance(x, g, size, self.x0, self.eps, self.threat.box))
+        return self.threat.region.advance(x, g, size, self.x0, self.eps, self.threat.box)
 
     def project(self, x: Tensor) -> Tensor:
         """Back into region and box."""
-        return self._inside(self.threat.region.project(x, self.x0, self.eps, self.threat.box))
-
-    def _inside(self, x: Tensor) -> Tensor:
-        self._projected = (x, x._version)
-        return x
-
-    def contains(self, x: Tensor) -> Tensor:
-        """Which points are inside the region, [B] bool; those that ``advance`` or ``project`` has just made are known to be."""
-        made, version = self.__dict__.get("_projected", (None, 0))
-        if made is not None and x.data_ptr() == made.data_ptr() and (x._version, x.shape) == (version, made.shape):
-            return torch.ones_like(self.found.met)
-        return self.threat.region.contains(x, self.x0, self.eps)
+        return self.threat.region.project(x, self.x0, self.eps, self.threat.box)

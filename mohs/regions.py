@@ -120,15 +120,16 @@ class Lp:
         """The smallest change r with <w, r> = gain [B] and x + r in the box; to the box's corner where none gains that much.
 
         It is the steepest direction, t times, each coordinate stopped at its bound. The gain is concave and piecewise linear
-        in t, so Newton's iteration comes from below, stops more coordinates each time, and is exact once none is added: a
-        handful of passes over the row, where a sort of the kinks would cost several times as much.
+        in t, so Newton's iteration comes from below, stops more coordinates each time, and is exact once none is added: usually
+        a handful of passes over the row, where a sort of the kinks would cost several times as much. Zero for a zero gradient.
         """
         shape, direction = w.shape, self.steepest(w).flatten(1)
         w, x = w.flatten(1), x.flatten(1)
         room = torch.where(w > 0, box[1] - x, x - box[0]).clamp_min_(0.0)
         rate, most = w * direction, (w.abs() * room).masked_fill_(w == 0, 0.0)  # the latter is inf * 0 without a box
         slope = rate.sum(1)
-        t = torch.where(slope > 0, gain / slope, 0.0)
+        most_t = torch.finfo(x.dtype).max  # inf times the zero of a coordinate without gradient would be nan
+        t = torch.where(slope > 0, gain / slope, 0.0).clamp_max_(most_t)
         while True:
             gained = rate * t.unsqueeze(1)
             left = (rate * (gained < most)).sum(1)
@@ -136,7 +137,7 @@ class Lp:
             if not bool(fewer.any()):
                 break
             missing = gain - torch.minimum(gained, most, out=gained).sum(1)
-            further = torch.where(left > 0, t + missing / left, torch.finfo(x.dtype).max)
+            further = torch.where(left > 0, t + missing / left, most_t).clamp_max_(most_t)
             t = torch.where(fewer, torch.maximum(further, t), t)  # a row that has ended waits for its batch mates
             slope = torch.minimum(left, slope)
         return torch.minimum(direction.abs().mul_(t.unsqueeze(1)), room).mul_(direction.sign()).view(shape)

@@ -248,7 +248,7 @@ class Target:
             better = live & ((met & ~found.met) | ((met == found.met) & higher))
             if not bool(better.any()):
                 return lead, met
-            better &= problem.contains(x)
+            better &= region.contains(x, problem.x0, problem.eps)
         better &= _in_box(x, box)
         if bool(better.all()):
             found.x.copy_(x)

@@ -334,3 +334,13 @@ def test_random_small_models_never_beat_the_truth() -> None:
             exact = np.array([min(b / np.linalg.norm(w, dual(p)) for b, w in rows) for rows in boundaries(model, x, y)])
             found = out.success.numpy()
             assert (out.size.numpy()[found] >= exact[found] * (1 - 1e-3) - 1e-6).all()
+
+
+def test_each_polish_looks_once_more_and_never_loses() -> None:
+    net, x = relu_net((6,), hidden=32), inputs(64, 6)
+    y = net(x).argmax(1)
+    none, once, thrice = (mohs.attack(DeepFool(polish=p), net, x, y, "l2:inf") for p in (0, 1, 3))
+    assert bool((once.size <= none.size).all())
+    assert bool((thrice.size <= once.size).all())
+    assert bool((thrice.size < once.size).any())
+    assert int(none.forwards.sum()) < int(once.forwards.sum()) < int(thrice.forwards.sum())

@@ -404,3 +404,18 @@ def _least(form: str, w: np.ndarray, gain: float, bounds: list[tuple[float, floa
     cost = np.concatenate([np.zeros(n), np.ones(slack.shape[1])])
     line = np.concatenate([w, np.zeros(slack.shape[1])])[None]
     return float(linprog(cost, bound, np.zeros(2 * n), line, [gain], bounds + [(0, None)] * slack.shape[1]).fun)
+
+
+@pytest.mark.parametrize(
+    ("form", "w", "gain"),
+    [("l1.1", [1.0, 1e-4, 0.0], 1.0), ("l2", [1.0, 1e-20, 0.0], 1.0), ("linf", [1e-37, 0.0], 100.0)],
+)
+def test_the_shortest_change_stays_finite_where_no_change_gains_that_much(
+    form: str, w: list[float], gain: float
+) -> None:
+    found = Threat.parse(f"{form}:inf").region.shortest(
+        torch.tensor([w] * 2), torch.tensor([gain] * 2), torch.full((2, len(w)), 0.5), UNIT
+    )
+    assert bool(found.isfinite().all())
+    assert float(found[0, 0]) == 0.5  # to the corner
+    assert float(found[0, -1]) == 0.0

@@ -147,17 +147,26 @@ class DeepFool:
             dual = region.dual(w)
             return w, dual, gap.gather(1, c).squeeze(1) / dual
 
+        across = view.met & (polished < (self.polish if k else 0))  # nothing to polish where the clean input is met
         seen = find_nearest(
-            view, (raised, lowered), order, visits, gap, norm, spread, measure, first=polished == 0, further=seeking
+            view,
+            (raised, lowered),
+            order,
+            visits,
+            gap,
+            norm,
+            spread,
+            measure,
+            first=(polished == 0) | across,
+            further=seeking,
         )
         nearest, best, norm = seen.distance, seen.w, seen.norm
-        lost = nearest.isinf()  # no candidate has a gradient: nowhere to go
+        lost = nearest.isinf() & ~across  # no candidate has a gradient: nowhere to go
         length = (1 + self.overshoot) * nearest.masked_fill(lost, 0.0)
         moved = x + per_row(length, x) * region.steepest(best)
         if len(rows := _rows(exact & ~lost)):
             gain = (nearest * region.dual(best))[rows] * (1 + self.overshoot)
             moved[rows] = x[rows] + region.shortest(best[rows], gain, x[rows], box)
-        across = view.met & (polished < (self.polish if k else 0))  # nothing to polish where the clean input is met
         if len(rows := _rows(across)):
             x0, w = problem.x0[rows], seen.steep[rows]
             gain = (w * (x[rows] - x0)).flatten(1).sum(1) + lead.gather(1, order[:, :1]).squeeze(1)[rows]

@@ -92,8 +92,8 @@ def attack(
         start: points [N, ...] to begin from, such as an earlier outcome's ``x``; they are brought into region and box.
         seed: of the random streams; the global generators are not touched.
         batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 256,
-            fewer for large inputs and uneven attacks, or a power of two of about a third of the rows (of
-            all where rows do not settle before the end).
+            fewer for large inputs and uneven attacks, or a power of two of about a third of the rows (where
+            rows do not settle before the end, one that fills batches).
         stop: when a row ends; default: at the first success at a finite radius, else when the budget is spent.
         trace: keep the objective at every look (implies that the budget is spent).
         guide: a differentiable stand-in that gives the gradients; successes are confirmed on ``model``.
@@ -185,11 +185,13 @@ class Job:
                 "stop=Stop.SUCCESS contradicts a trace or an infinite radius, which spend the whole budget."
             )
         rows = len(x) * self.rows
-        few = 1 << max(0, rows - 1).bit_length()
+        few = min(usual_batch(x, attack), 1 << max(0, rows - 1).bit_length())
+        while few > 16 and -rows % few > rows // 8:
+            few //= 2  # less padding
         if self.stop is Stop.SUCCESS or getattr(attack, "uneven", False):
             # three batches at least, where there are rows for it: a single one could not shrink as its rows settle
             few = min(few, max(16, 1 << max(0, (rows // 3).bit_length() - 1)))
-        self.batch = batch or min(usual_batch(x, attack), few)
+        self.batch = batch or few
         count = (len(x), self.rows)
         self.finished = torch.zeros(count, dtype=torch.bool, device=x.device)
         self.emitted = torch.zeros(len(x), dtype=torch.bool, device=x.device)

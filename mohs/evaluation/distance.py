@@ -113,14 +113,15 @@ def minimum_norm(
     """Find the smallest change of each example that changes the answer, with several attacks under one budget.
 
     The attacks of the region run one after the other and share the passes: a quick one first, then one that searches anew, last
-    one that goes on from the best point. What an attack does not need, another gets.
+    one that goes on from the best point. What an attack does not need, another gets in part.
 
     Args:
         model: inputs in the box to logits; in eval mode.
         x: clean inputs [N, ...].
         y: true classes [N]; an example that is wrong from the start has size 0.
         threat: region and box; the radius must be infinite, such as ``"l2:inf"`` (or just ``"l2"``).
-        passes: forwards plus backwards per example at most, all attacks together.
+        passes: forwards plus backwards per example at most, all attacks together (the fresh looks that judge a point of a
+            random model come on top).
         targets: classes to reach instead [N].
         seed: of the random streams.
         batch: physical batch size.

@@ -96,10 +96,11 @@ def radius_curve(record: Record) -> Markup:
 
 
 def cost_curve(record: Record) -> Markup:
-    """Draw the accuracy left against the passes spent on an example, a staircase over a logarithmic scale."""
+    """Draw the accuracy left against the passes that broke an example, a staircase over a logarithmic scale; some must have."""
     passes, left = record.cost_curve()
-    left_to = math.floor(math.log10(max(float(passes[0]), 1.0))) if len(passes) else 0
-    decades = max(math.ceil(math.log10(max(float(passes[-1]), 10.0))) if len(passes) else 1, left_to + 1) - left_to
+    left_to = math.floor(math.log10(max(float(passes[0]), 1.0)))
+    decades = max(math.ceil(math.log10(max(float(passes[-1]), 10.0))), left_to + 1) - left_to
+    half = passes[np.argmax(left <= (record.clean_accuracy + record.robust_accuracy) / 2 + 1e-12)]
     body = _grid([(s, f"{s:.0f}%") for s in (0, 25, 50, 75, 100)], COST_HEIGHT)
     for k in range(decades + 1):
         body.append(_text(100 * k / decades, COST_HEIGHT + 20, f"{10 ** (left_to + k):,}", "tick", margin=0))
@@ -107,14 +108,14 @@ def cost_curve(record: Record) -> Markup:
         y = COST_HEIGHT * (1 - record.header.claim.tau)
         body.append(f'<line x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}" class="claimline"/>')
     points, level = [(0.0, 100 * (1 - record.clean_accuracy))], 100 * (1 - record.clean_accuracy)
-    for cost, share in zip(passes, left):
+    for cost, share in zip(passes, left, strict=True):
         x = 100 * (math.log10(max(float(cost), 1.0)) - left_to) / decades
         points += [(x, level), (x, 100 * (1 - float(share)))]
         level = 100 * (1 - float(share))
     body.append(_stretched(COST_HEIGHT, f'<path d="{_path([*points, (100.0, level)])}" class="line line0"/>'))
     said = (
         f"From {words.percent(record.clean_accuracy)} without any attack to {words.percent(record.robust_accuracy)}; half of "
-        f"those that broke had by {words.count(int(np.median(passes))) if len(passes) else 0} passes."
+        f"those that broke had by {words.count(int(half))} passes."
     )
     return _svg("curve", COST_HEIGHT + 30, "Accuracy against cost", said, body)
 
