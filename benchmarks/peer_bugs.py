@@ -20,7 +20,7 @@ HEAD = ["library", "where", "fact", "peer", "Mohs"]
 class Case:
     """A fact, and a function for each side that shows it; ``ours`` is None where Mohs has nothing of the kind."""
 
-    library: str
+    owner: str
     where: str
     fact: str
     peer: Callable[[], str]
@@ -36,11 +36,11 @@ def run(options: Options) -> Iterator[str]:
     )
     rows = []
     for case in CASES:
-        if case.library in peers.LIBRARIES and (
-            case.library not in options.libraries or peers.missing(case.library) is not None
+        if case.owner in peers.LIBRARIES and (
+            case.owner not in options.libraries or peers.missing(case.owner) is not None
         ):
             continue
-        rows.append([case.library, case.where, case.fact, _said(case.peer), _said(case.ours) if case.ours else "-"])
+        rows.append([case.owner, case.where, case.fact, _said(case.peer), _said(case.ours) if case.ours else "-"])
     options.keep("peer_bugs", [dict(zip(HEAD, row, strict=True)) for row in rows])
     yield table(HEAD, rows)
 

@@ -45,6 +45,7 @@ def declare_torchvision_operators() -> list[str]:
         The names declared; empty where torchvision is absent, already imported, or has a binary that loads.
     """
     import torch
+    from torch import library as operators
 
     if _fragments or "torchvision" in sys.modules:
         return []
@@ -63,8 +64,8 @@ def declare_torchvision_operators() -> list[str]:
         source = (folder / file).read_text(encoding="utf-8") if (folder / file).is_file() else ""
         names.update(re.findall(r'@register_meta\("(\w+)"', source))
         names.update(re.findall(r'"torchvision::(\w+)"', source))
-    library = torch.library.Library("torchvision", "DEF")
+    fragment = operators.Library("torchvision", "DEF")
     for name in sorted(names):
-        library.define(f"{name}(Tensor x) -> Tensor")  # the true signature is never looked at
-    _fragments.append(library)
+        fragment.define(f"{name}(Tensor x) -> Tensor")  # the true signature is never looked at
+    _fragments.append(fragment)
     return sorted(names)

@@ -361,3 +361,8 @@ def test_classes_that_have_won_come_first_and_those_without_gradient_last() -> N
     ranked = by_distance(problem_of(Mixed(), x, torch.zeros(2, dtype=torch.int64), "linf:0.1"), 3)
     assert ranked[0, 0] in (2, 3)  # both have won
     assert set(ranked[0].tolist()) == {1, 2, 3}
+
+
+def test_true_is_no_number() -> None:
+    with pytest.raises(UsageError, match="finite number above 0; got True"):
+        mohs.attacks.PGD(step_size=True)

@@ -19,7 +19,7 @@ def check_positive(attack: object, *names: str) -> None:
     """Fields that are finite numbers above 0."""
     for name in names:
         value = getattr(attack, name)
-        if not (isinstance(value, int | float) and 0 < value < math.inf):
+        if not (_number(value) and 0 < value < math.inf):
             raise _wrong(attack, name, "a finite number above 0")
 
 
@@ -27,7 +27,7 @@ def check_least(attack: object, least: float, *names: str) -> None:
     """Fields that are finite numbers of at least ``least``."""
     for name in names:
         value = getattr(attack, name)
-        if not (isinstance(value, int | float) and least <= value < math.inf):
+        if not (_number(value) and least <= value < math.inf):
             raise _wrong(attack, name, f"a finite number >= {least:g}")
 
 
@@ -35,7 +35,7 @@ def check_share(attack: object, *names: str, zero: bool = False, most: float = 1
     """Fields that are shares of something: above 0, or 0 where ``zero`` allows it, and at most ``most``."""
     for name in names:
         value = getattr(attack, name)
-        if not (isinstance(value, int | float) and 0 <= value <= most and (zero or value > 0)):
+        if not (_number(value) and 0 <= value <= most and (zero or value > 0)):
             raise _wrong(attack, name, f"from 0 to {most:g}" if zero else f"above 0 and at most {most:g}")
 
 
@@ -46,6 +46,10 @@ def check_ascent(attack: object) -> None:
         check_positive(attack, "step_size")
     if not callable(getattr(attack, "objective", check_ascent)):
         raise _wrong(attack, "objective", "one of mohs.objectives, such as mohs.objectives.margin")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _wrong(attack: object, name: str, allowed: str) -> UsageError:

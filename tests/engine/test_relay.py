@@ -14,6 +14,7 @@ import mohs
 from mohs import Access, Threat, records
 from mohs.errors import UsageError
 from mohs.evaluation import Plan, PlanStep, _order, engine
+from mohs.problem import Problem
 from mohs.records.ledger import Ledger
 
 SMALL = "linf:0.01"
@@ -94,11 +95,11 @@ def test_built_in_plans_serve_every_region(plan: str, threat: str, tmp_path: Pat
 def test_rank_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[int] = []
 
-    def spy(problem: object, count: int) -> torch.Tensor:
+    def spy(problem: Problem, count: int) -> torch.Tensor:
         from mohs.attacks import by_distance
 
         asked.append(count)
-        return by_distance(problem, count)  # type: ignore[arg-type]
+        return by_distance(problem, count)
 
     monkeypatch.setattr(engine, "by_distance", spy)
     plan = Plan("aimed", (PlanStep.make("PGD", {"steps": 2}, aims=3, rank="distance"),))
