@@ -1,18 +1,21 @@
-"""Models: small reference nets, loading from files without running what is in them, and black boxes."""
+"""Models: small reference nets, loading from files without running what is in them, and black boxes, served ones among them."""
 
 from __future__ import annotations
 
 from mohs.models.blackbox import BlackBox
-from mohs.models.loading import available, bundled_info, load, loading_notes, save_bundled
+from mohs.models.loading import available, bundled_info, is_url, load, loading_notes, save_bundled
 from mohs.models.nets import NETS, fc_500_150_10, lenet, linear, normalized, small_cnn
+from mohs.models.served import Served
 from mohs.models.weights import read_metadata, read_weights, save_weights, weights_hash
 
 __all__ = [
     "BlackBox",
     "NETS",
+    "Served",
     "available",
     "bundled_info",
     "fc_500_150_10",
+    "is_url",
     "lenet",
     "linear",
     "load",

@@ -39,35 +39,20 @@ class BlackBox(nn.Module):
         self.name = name or getattr(function, "__qualname__", type(function).__name__)
         self.train(False)
 
-    @classmethod
-    def from_probabilities(cls, function: Callable[[np.ndarray], Any], *, name: str = "") -> BlackBox:
-        """For a function that answers probabilities [N, K]; their logarithms are the logits."""
-        tiny = float(np.finfo(np.float32).tiny)  # keeps a probability of zero finite
+    @staticmethod
+    def from_probabilities(function: Callable[[np.ndarray], Any], *, name: str = "") -> BlackBox:
+        """For a function that answers probabilities [N, K]; their logarithms are the logits.
 
-        def logits(x: np.ndarray) -> np.ndarray:
-            return np.log(np.maximum(np.asarray(function(x), dtype=np.float64), tiny))
+        A binary classifier may answer the probability of class 1 alone, [N] or [N, 1].
+        """
+        return BlackBox(lambda x: _from_probabilities(function(x)), name=name or getattr(function, "__qualname__", ""))
 
-        return cls(logits, name=name or getattr(function, "__qualname__", ""))
-
-    @classmethod
-    def from_labels(cls, function: Callable[[np.ndarray], Any], classes: int, *, name: str = "") -> BlackBox:
+    @staticmethod
+    def from_labels(function: Callable[[np.ndarray], Any], classes: int, *, name: str = "") -> BlackBox:
         """For a function that answers only labels [N]; the logits are 1 at the label and 0 elsewhere."""
-
-        def logits(x: np.ndarray) -> np.ndarray:
-            labels = np.asarray(function(x))
-            if labels.shape != (len(x),) or labels.dtype.kind not in "iu":
-                raise ModelError(
-                    f"the black box answered {labels.dtype} of shape {list(labels.shape)}; "
-                    f"labels must be whole numbers of shape [{len(x)}]."
-                )
-            if labels.size and (labels.min() < 0 or labels.max() >= classes):
-                raise ModelError(
-                    f"the black box answered labels {labels.min()} to {labels.max()}; "
-                    f"{classes} classes allow 0 to {classes - 1}."
-                )
-            return np.eye(classes, dtype=np.float32)[labels]
-
-        return cls(logits, name=name or getattr(function, "__qualname__", ""))
+        return BlackBox(
+            lambda x: _from_labels(function(x), len(x), classes), name=name or getattr(function, "__qualname__", "")
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits as the function gives them, on the device of x, without gradient."""
@@ -95,3 +80,29 @@ class BlackBox(nn.Module):
     def set_extra_state(self, state: str) -> None:
         """Take the name back from a saved state."""
         self.name = state
+
+
+def _from_probabilities(answer: Any) -> np.ndarray:
+    """Logits [N, K] or, of the probability of class 1 alone, [N]."""
+    p = np.asarray(answer, dtype=np.float64)
+    tiny = float(np.finfo(np.float32).tiny)  # keeps a probability of zero finite
+    logits = np.log(np.maximum(p, tiny))
+    if p.ndim == 1 or p.shape[1:] == (1,):
+        return (logits - np.log(np.maximum(1 - p, tiny))).reshape(len(p))
+    return logits
+
+
+def _from_labels(answer: Any, rows: int, classes: int) -> np.ndarray:
+    """Logits [N, K] that are 1 at the label and 0 elsewhere."""
+    labels = np.asarray(answer)
+    if labels.shape != (rows,) or labels.dtype.kind not in "iu":
+        raise ModelError(
+            f"the black box answered {labels.dtype} of shape {list(labels.shape)}; "
+            f"labels must be whole numbers of shape [{rows}]."
+        )
+    if labels.size and (labels.min() < 0 or labels.max() >= classes):
+        raise ModelError(
+            f"the black box answered labels {labels.min()} to {labels.max()}; "
+            f"{classes} classes allow 0 to {classes - 1}."
+        )
+    return np.eye(classes, dtype=np.float32)[labels]

@@ -17,6 +17,7 @@ from torch import nn
 from mohs.errors import ModelError
 from mohs.models._pt2 import Exported, load_pt2
 from mohs.models.nets import NETS
+from mohs.models.served import Served
 from mohs.models.weights import (
     SUFFIXES,
     check_file,
@@ -33,6 +34,11 @@ _FORMS = (
     ("FILE.safetensors", "weights alone; the net is named by the file itself or by arch"),
     ("FILE.pt2", "a program saved by torch.export, with a free batch dimension"),
     ("FILE.onnx", "an ONNX net, converted and compared with onnxruntime (needs the onnx extra)"),
+    (
+        "http://HOST/v1/models/NAME:predict",
+        "behind TensorFlow Serving or KServe V1, https as well (needs the http extra)",
+    ),
+    ("http://HOST/v2/models/NAME/infer", "behind Triton, MLServer, TorchServe, OpenVINO: the Open Inference Protocol"),
 )
 _log = logging.getLogger(__name__)
 
@@ -50,7 +56,8 @@ def load(spec: str, *, weights: str | Path | None = None, arch: str | None = Non
 
     Args:
         spec: ``bundled:NAME``; ``package.module:factory`` (called without arguments; the working directory is searched
-            last); the name of a reference net; a weights file; ``FILE.pt2``; ``FILE.onnx``.
+            last); the name of a reference net; a weights file; ``FILE.pt2``; ``FILE.onnx``; the URL of a server that
+            answers probabilities (for other answers, and for headers, see ``Served``).
         weights: Weights for a factory or a reference net; without them it is taken as it is made.
         arch: For a weights file only: the reference net or ``package.module:factory`` they belong to.
 
@@ -66,6 +73,12 @@ def load(spec: str, *, weights: str | Path | None = None, arch: str | None = Non
     """
     if not isinstance(spec, str) or not spec:
         raise ModelError(f"no model {spec!r}; allowed are {_allowed()}.")
+    if is_url(spec):
+        if weights is not None or arch is not None:
+            raise ModelError(
+                "A served model brings its own weights and net, so weights and arch cannot be used; leave them out."
+            )
+        return Served(spec)
     suffix = Path(spec).suffix.lower()
     takes_weights = not spec.startswith("bundled:") and suffix not in (".pt2", ".onnx", *SUFFIXES)
     if weights is not None and not takes_weights:
@@ -93,6 +106,15 @@ def load(spec: str, *, weights: str | Path | None = None, arch: str | None = Non
         if weights is not None:
             notes = _fill(module, Path(weights))
     return _finish(module, notes, spec)
+
+
+def is_url(spec: str) -> bool:
+    """Does a specification name a served model?
+
+    >>> is_url("https://host/v2/models/net/infer"), is_url("package.module:factory")
+    (True, False)
+    """
+    return spec.lower().startswith(("http://", "https://"))
 
 
 def loading_notes(module: nn.Module) -> tuple[str, ...]:
