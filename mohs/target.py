@@ -24,8 +24,8 @@ def classify(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     version = None if x.is_inference() else x._version
     try:
         logits = model(x)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
+    except (torch.OutOfMemoryError, MemoryError, ModelError):
+        raise  # a ModelError says by itself what is wrong
     except Exception as error:
         raise ModelError(
             f"The model raised {type(error).__name__} on an input of shape {tuple(x.shape)}, {x.dtype}: {error}. "
