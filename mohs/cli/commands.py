@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Group, Parameter
 
 import mohs
-from mohs.cli import screen
+from mohs.cli import screen, served
 from mohs.errors import ModelError, ThreatError, UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ app = App(
 _what = Group("What is evaluated", sort_key=0)
 _how = Group("How", sort_key=1)
 
-Model = Annotated[str, Parameter(group=_what, help="bundled:NAME, package.module:factory, FILE.pt2 or FILE.onnx")]
+Model = Annotated[
+    str, Parameter(group=_what, help="bundled:NAME, package.module:factory, FILE.pt2, FILE.onnx or a URL")
+]
 Data = Annotated[str, Parameter(group=_what, help="bundled:NAME, idx:DIR, cifar10:DIR, npz:FILE or folder:DIR")]
 ThreatText = Annotated[
     str, Parameter(group=_what, help="such as linf:8/255, l2:0.5, l1:10, l0:20, or 'linf:8 in [0, 255]'")
@@ -54,6 +56,12 @@ AccessName = Annotated[
     Literal["label", "score", "logit", "gradient"],
     Parameter(name=["--access"], group=_what, help="what one look at the model shows the adversary"),
 ]
+AnswersName = Literal["probabilities", "logits", "labels"] | None
+Answers = Annotated[
+    AnswersName,
+    Parameter(group=_what, help="what the server of a URL answers; default: probabilities"),
+]
+Classes = Annotated[int | None, Parameter(group=_what, help="how many there are, for --answers labels")]
 Queries = Annotated[
     int | None, Parameter(group=_what, help="looks per example the adversary may take; default: no limit")
 ]
@@ -63,11 +71,14 @@ Control = Annotated[
 Stated = Annotated[float | None, Parameter(group=_how, help="clean accuracy the model is said to have, 0 to 1")]
 
 
-def _load(model: str, data: str, weights: Path | None, split: str, n: int | None) -> tuple[nn.Module, Dataset]:
+def _load(
+    model: str, data: str, weights: Path | None, split: str, n: int | None, answers: str | None = None,
+    classes: int | None = None,
+) -> tuple[nn.Module, Dataset]:  # fmt: skip
     from mohs import data as datasets
-    from mohs import models
 
-    net, dataset = models.load(model, weights=weights), datasets.load(data, split=split, n=n)
+    net = served.connect(model, weights, answers, classes, trusted=True)
+    dataset = datasets.load(data, split=split, n=n)
     scheme, _, place = data.partition(":")
     if scheme != "bundled":  # so that the record says where it was, wherever it is read
         dataset = replace(dataset, name=f"{scheme}:{Path(place).expanduser().absolute()}")
@@ -80,8 +91,12 @@ def _threat(text: str, access: str, queries: int | None) -> Threat:
     return replace(Threat.parse(text), access=Access[access.upper()], queries=queries)
 
 
-def _spec(model: str, weights: Path | None) -> str:
+def _spec(model: str, weights: Path | None, answers: str | None, classes: int | None) -> str:
     """How a record names the model; files with their whole path, as a replay may start elsewhere."""
+    from mohs.models import is_url
+
+    if is_url(model):
+        return served.spec(model, answers, classes)
     if Path(model).suffix and Path(model).is_file():
         model = str(Path(model).absolute())
     return model if weights is None else f"{model} --weights {weights.expanduser().absolute()}"
@@ -125,13 +140,15 @@ def list_(what: Literal["attacks", "models", "data", "plans"]) -> int:
 @app.command
 def check(
     model: Model, data: Data, /, *, threat: ThreatText, access: AccessName = "gradient", queries: Queries = None,
-    weights: Weights = None, n: Count = None, split: Split = "test", stated_accuracy: Stated = None, seed: Seed = 0,
+    weights: Weights = None, answers: Answers = None, classes: Classes = None,
+    n: Count = None, split: Split = "test", stated_accuracy: Stated = None, seed: Seed = 0,
 ) -> int:  # fmt: skip
     """Look for what would make an evaluation worthless, before spending time on one."""
     from mohs.evaluation import check as run_checks
 
     parsed = _threat(threat, access, queries)
-    net, dataset = _load(model, data, weights, split, n)
+    served.refuse(model, access, answers)
+    net, dataset = _load(model, data, weights, split, n, answers, classes)
     findings = run_checks(net, dataset, parsed, stated_accuracy=stated_accuracy, seed=seed)
     screen.findings(findings)
     return 12 if any(f.severity == "block" for f in findings) else 0
@@ -144,12 +161,14 @@ def run(
     claim: Annotated[str | None, Parameter(group=_what, help="such as 'accuracy >= 0.6'")] = None,
     certify: Annotated[list[str] | None, Parameter(group=_how, help="certificates to try: ibp, crown")] = None,
     access: AccessName = "gradient", queries: Queries = None,
-    weights: Weights = None, n: Count = None, split: Split = "test", stated_accuracy: Stated = None,
+    weights: Weights = None, answers: Answers = None, classes: Classes = None,
+    n: Count = None, split: Split = "test", stated_accuracy: Stated = None,
     seed: Seed = 0, batch: Batch = None, control: Control = None,
 ) -> int:  # fmt: skip
     """Attack a model, record the evidence, and give a verdict on a claim.
 
-    Issue the same command again to go on with an interrupted run.
+    Issue the same command again to go on with an interrupted run. A model behind a URL needs --access score, logit or
+    label; the environment variable MOHS_HTTP_AUTHORIZATION is sent to it as the header Authorization.
 
     Parameters
     ----------
@@ -164,12 +183,14 @@ def run(
     parsed, chosen = _threat(threat, access, queries), load_plan(plan)  # refused before anything is loaded or written
     stated = Claim.parse(claim) if claim is not None else None
     proofs = [_certificate(name) for name in certify or []]
-    net, dataset = _load(model, data, weights, split, n)
+    served.refuse(model, access, answers)
+    net, dataset = _load(model, data, weights, split, n, answers, classes)
     try:
         with screen.Progress() as progress:
             record = evaluate(
                 net, dataset, parsed, plan=chosen, claim=stated, out=out, certificates=proofs, seed=seed,
-                batch=batch, control=control, stated_accuracy=stated_accuracy, subject=_spec(model, weights), command=_command(),
+                batch=batch, control=control, stated_accuracy=stated_accuracy,
+                subject=_spec(model, weights, answers, classes), command=_command(),
                 notify=progress.notify,
             )  # fmt: skip
     except CertificateContradicted:
@@ -229,8 +250,14 @@ def report(directory: Path, /, *, out: Path | None = None) -> int:
 
 
 @app.command
-def replay(directory: Path, /, *, model: str | None = None, weights: Path | None = None) -> int:
+def replay(
+    directory: Path, /, *, model: str | None = None, weights: Path | None = None,
+    answers: AnswersName = None, classes: int | None = None,
+) -> int:  # fmt: skip
     """Re-score the stored adversarial examples of a record without attacking.
+
+    A recorded URL is asked without credentials, as records may come from anybody: MOHS_HTTP_AUTHORIZATION is sent only to
+    the URL that --model gives.
 
     Parameters
     ----------
@@ -240,17 +267,24 @@ def replay(directory: Path, /, *, model: str | None = None, weights: Path | None
         the model, if it is not the recorded one.
     weights
         its weights.
+    answers
+        what the server of a URL answers, if it is not as recorded.
+    classes
+        how many there are, for labels.
     """
     from mohs import models, records
     from mohs.evaluation import replay as run_replay
 
     record = records.Record.load(directory)
     spec = model or record.header.subject.spec
-    if model is None and " --weights " in spec:
+    if model is None and models.is_url(spec):
+        spec, said, known = served.parse(spec)
+        answers, classes = (said, known) if answers is None and classes is None else (answers, classes)
+    elif model is None and " --weights " in spec:
         spec, _, recorded = spec.partition(" --weights ")
         weights = weights or Path(recorded)
     try:
-        net = models.load(spec, weights=weights)
+        net = served.connect(spec, weights, answers, classes, trusted=model is not None)
     except ModelError as error:
         if model is not None:
             raise

@@ -116,7 +116,11 @@ def next_steps(steps: Sequence[str]) -> None:
 
 def replayed(rec: Record, seen: Replayed) -> None:
     """What a replay confirmed."""
+    from mohs.reports import words
+
     model = "the recorded weights" if seen.same_model else "OTHER weights than the recorded ones"
+    if words.black_box(rec.header):
+        model = "the black box of the recorded name" if seen.same_model else "ANOTHER model than the recorded one"
     say(
         f"{seen.confirmed} of {seen.points} stored adversarial examples confirmed under {rec.header.threat_text} on {model}."
     )

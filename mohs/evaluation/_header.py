@@ -16,6 +16,7 @@ from mohs import records
 from mohs.data import Dataset
 from mohs.evaluation.claims import Claim
 from mohs.evaluation.plans import Plan, PlanStep
+from mohs.models import Served
 from mohs.threat import Threat
 
 Steps = Sequence[tuple[PlanStep, Any]]
@@ -28,6 +29,13 @@ CHANGED = records.Finding(
     remedy="Make forward() leave parameters and buffers alone in eval mode. (They were put back.)",
 )  # fmt: skip
 """What no check can say before the end."""
+
+
+SERVED = (
+    "The model was asked over the network, and its weights are unknown: what the server holds, and how it groups inputs, may "
+    "change without a trace here. A replay asks whatever answers at that address then."
+)
+"""What the record of a served model cannot say."""
 
 
 def known(place: Path, header: records.Header, model: nn.Module) -> bool:
@@ -92,6 +100,7 @@ def of_run(
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, mohs=mohs.__version__,
             platform=platform.platform(), threads=torch.get_num_threads(), device=str(device),
         ),
+        limits=[SERVED] if any(isinstance(m, Served) for m in model.modules()) else [],
     )  # fmt: skip
 
 

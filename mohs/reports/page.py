@@ -114,13 +114,15 @@ def _facts(record: Record) -> list[tuple[str, str, bool]]:
     header, machine = record.header, record.header.environment
     subject, data = header.subject, header.data
     versions = {"Python": machine.python, "torch": machine.torch, "NumPy": machine.numpy, "Mohs": machine.mohs}
+    black = words.black_box(header)
+    parameters = "unknown" if black else f"{subject.parameters:,} in {subject.dtype}"
     device = f"{machine.device}, " if machine.device else ""
     threads = f"{machine.threads} threads" if machine.threads else ""
     facts = [
         ("Model", subject.spec, True),
         ("Layers", subject.arch, True),
-        ("Parameters", f"{subject.parameters:,} in {subject.dtype}, {subject.classes} classes", False),
-        ("Weights", f"sha256 {subject.weights_sha256}", True),
+        ("Parameters", f"{parameters}, {subject.classes} classes", False),
+        ("Weights", f"{'unknown; of the name: ' if black else ''}sha256 {subject.weights_sha256}", True),
         ("Data", data.spec, True),
         ("Inputs", f"{data.n:,} of shape {' × '.join(map(str, data.shape))}", False),
         ("Data hash", f"sha256 {data.hash}", True),

@@ -154,10 +154,19 @@ def limits(record: Record) -> list[str]:
         "patches, other kinds of noise, or of privacy and poisoning.",
         f"It speaks of these {record.n:,} examples. The intervals carry over to others only if these were drawn "
         "independently from the same source and were not used to tune the model.",
-        "It speaks of the model with these weights, in this arithmetic, with the preprocessing inside it. Anything "
-        "before the model, such as a camera or a file format, was not attacked.",
+        (
+            "It speaks of the model as it answered in this run, with the preprocessing inside it. "
+            if black_box(header)
+            else "It speaks of the model with these weights, in this arithmetic, with the preprocessing inside it. "
+        )
+        + "Anything before the model, such as a camera or a file format, was not attacked.",
     ]
     return said
+
+
+def black_box(header: Header) -> bool:
+    """Was the model one of which only the answers are known, so that the hash of its weights is that of its name?"""
+    return any(f"{kind}(" in header.subject.arch for kind in ("BlackBox", "Served"))
 
 
 def _split(sentence: str) -> tuple[str, str, str]:

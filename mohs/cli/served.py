@@ -1,0 +1,74 @@
+"""What the commands say and ask of a model behind a URL."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mohs.errors import AccessError, ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mohs.models.served import Answers
+
+
+def refuse(model: str, access: str, answers: str | None) -> None:
+    """Refuse an access that no server grants, before anything is loaded or asked."""
+    from mohs.models import is_url
+
+    if not is_url(model):
+        return
+    if access == "gradient":
+        raise AccessError(
+            "A served model gives no gradients, and --access gradient is the default. Say what its answers show: --access score "
+            "for probabilities, logit for logits, label for the class alone."
+        )
+    if answers == "labels" and access != "label":
+        raise AccessError(
+            f"A server that answers labels shows no more than these; got --access {access}, allowed is label."
+        )
+
+
+def connect(model: str, weights: Path | None, answers: str | None, classes: int | None, *, trusted: bool) -> nn.Module:
+    """The model of a specification, served or not.
+
+    Args:
+        model: as ``mohs.models.load`` takes it.
+        weights, answers, classes: the options of these names.
+        trusted: was it typed in by the user? Otherwise a server named by a stranger's record would be sent their token.
+    """
+    from mohs import models
+    from mohs.models._transport import AUTHORIZATION
+
+    if not models.is_url(model):
+        for name, value in (("answers", answers), ("classes", classes)):
+            if value is not None:
+                raise ModelError(f"--{name} says what a server answers; {model} is no URL. Leave it out.")
+        return models.load(model, weights=weights)
+    if weights is not None:
+        return models.load(model, weights=weights)  # which says what is wrong
+    token = os.environ.get(AUTHORIZATION)
+    headers = {"Authorization": token} if token and trusted else None
+    kind: Answers = answers or "probabilities"  # type: ignore[assignment]
+    return models.Served(model, answers=kind, classes=classes, headers=headers)
+
+
+def spec(model: str, answers: str | None, classes: int | None) -> str:
+    """How a record names a served model: the URL, and what it answers where that is not the usual."""
+    named = f"{model} --answers {answers}" if answers not in (None, "probabilities") else model
+    return named if classes is None else f"{named} --classes {classes}"
+
+
+def parse(recorded: str) -> tuple[str, Answers | None, int | None]:
+    """URL, answers and classes of what ``spec`` wrote; a URL holds no spaces.
+
+    >>> parse(spec("http://h/v1/models/net:predict", "labels", 10))
+    ('http://h/v1/models/net:predict', 'labels', 10)
+    """
+    url, *options = recorded.split()
+    found = dict(zip(options[::2], options[1::2]))
+    classes = found.get("--classes", "")
+    said: Answers | None = found.get("--answers")  # type: ignore[assignment]  # looked at when it is used
+    return url, said, int(classes) if classes.isdigit() else None
