@@ -319,7 +319,7 @@ def test_settings_are_checked(make: object) -> None:
 def problem_of(net: nn.Module, x: Tensor, y: Tensor, threat: str) -> mohs.problem.Problem:
     job = Job(PGD(), net, x, y, Threat.parse(threat))
     index = torch.arange(len(x))
-    problem = job._problem(index, torch.zeros_like(index))
+    problem = job.problem(index, torch.zeros_like(index))
     assert isinstance(problem.goal, Goal)
     return problem
 

@@ -118,7 +118,7 @@ def fab_step(attack: FAB, x: Tensor, over: float, met: bool) -> tuple[Problem, F
         attack, Plane(), torch.tensor([[0.0, 0.2]], dtype=torch.float64), torch.tensor([0]), Threat.parse("l2:inf")
     )
     index = torch.zeros(1, dtype=torch.int64)
-    problem = job._problem(index, index)
+    problem = job.problem(index, index)
     state = attack.step(problem, attack.init(problem), 0)
     assert bool(x[0, 0] > 0.5) == met
     return problem, attack.step(problem, replace(state, x=x, over=torch.tensor([over], dtype=x.dtype)), 1)
@@ -155,7 +155,7 @@ def test_a_restart_begins_within_half_of_the_first_distance() -> None:
     net, x = Linear(12, 3, dtype=torch.float64), inputs(32, 12, dtype=torch.float64)
     y = net(x).argmax(1)
     index = torch.arange(32)
-    problem = Job(FAB(), net, x, y, Threat.parse("l2:inf"), restarts=2)._problem(index, torch.ones_like(index))
+    problem = Job(FAB(), net, x, y, Threat.parse("l2:inf"), restarts=2).problem(index, torch.ones_like(index))
     state = FAB().step(problem, FAB().init(problem), 0)
     size = (state.x - x).norm(dim=1)
     exact = optimum(net, x, y, Threat.parse("l2:inf"))

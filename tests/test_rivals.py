@@ -22,8 +22,8 @@ each_walker = pytest.mark.parametrize("attack", WALKERS, ids=lambda a: type(a)._
 class Rejecting(Job):
     """A job whose model rejects an input by its logit number 1."""
 
-    def _problem(self, example: Tensor, number: Tensor) -> Problem:
-        problem = super()._problem(example, number)
+    def problem(self, example: Tensor, number: Tensor) -> Problem:
+        problem = super().problem(example, number)
         problem.goal.reject = 1
         return problem
 
@@ -78,7 +78,7 @@ def test_candidates_are_the_highest_other_logits() -> None:
     net = Linear(4, 5)
     job = Job(DeepFool(), net, x, y, Threat.parse("l2:inf"))
     index = torch.arange(6)
-    problem = job._problem(index, torch.zeros_like(index))
+    problem = job.problem(index, torch.zeros_like(index))
     view = problem.linearize(x)
     ranked = view.logits.scatter(1, y.unsqueeze(1), -math.inf).argsort(dim=1, descending=True)
     assert torch.equal(candidates(problem, view, 3), ranked[:, :3])

@@ -131,7 +131,7 @@ def test_a_second_try_from_a_start_is_another_try() -> None:
     y = net(x).argmax(1)
     job = mohs.attacks.Job(PGD(steps=2), net, x, y, mohs.Threat.parse("linf:0.05"), start=x, restarts=2)
     index = torch.arange(16)
-    first, second = job._problem(index, torch.zeros_like(index)), job._problem(index, torch.ones_like(index))
+    first, second = job.problem(index, torch.zeros_like(index)), job.problem(index, torch.ones_like(index))
     assert torch.equal(first.start(), x)
     assert not torch.equal(second.start(), x)
 
@@ -149,7 +149,8 @@ def test_the_label_is_never_aimed_at_before_masked_classes(rank: object) -> None
     job = mohs.attacks.Job(
         PGD(steps=1), Masked().eval(), x, y, mohs.Threat.parse("linf:0.01"), aims=4, rank=rank, batch=32
     )
-    ranked = job._rank_classes()
+    assert len(list(job._rank_classes())) == 1
+    ranked = job.ranked
     assert not bool((ranked == y.unsqueeze(1)).any())
 
 

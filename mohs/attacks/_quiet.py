@@ -23,6 +23,13 @@ class QuietGenerators:
         self.seed = streams.text_key(f"{seed} {first} {number}")
         self.calls = 0
 
+    @classmethod
+    def again(cls, seed: int, calls: int) -> QuietGenerators:
+        """One that stands where another stood that had this ``seed`` and so many ``calls``."""
+        quiet = cls(0, 0, 0)
+        quiet.seed, quiet.calls = seed, calls
+        return quiet
+
     @staticmethod
     def _generators() -> list[torch.Generator]:
         cuda = list(torch.cuda.default_generators) if torch.cuda.is_initialized() else []

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from mohs.attacks._inputs import check_inputs, check_mode, check_start
 from mohs.attacks._outcome import Outcome, Stop
 from mohs.attacks._quiet import QuietGenerators, keep_memory
 from mohs.attacks._ranking import Ranking, by_logit
+from mohs.attacks._wave import Wave
 from mohs.errors import AccessError, ThreatError, UsageError
 from mohs.problem import Findings, Goal, Problem
 from mohs.regions import per_row
@@ -112,9 +114,9 @@ def attack(
         )  # fmt: skip
         finished = broken = 0
         for final in job.run():
-            finished += len(final)
-            broken += int(job.success[final].sum())
-            if progress is not None:
+            if progress is not None and len(final):
+                finished += len(final)
+                broken += int(job.success[final].sum())
                 progress(finished, broken)
         return job.outcome()
 
@@ -206,37 +208,48 @@ class Job:
         self.spent = 0
         self.trace = x.new_full((*count, attack.steps + 1), math.nan) if trace else None
         self.key = streams.derive(streams.derive(streams.content_keys(self.x), seed), streams.text_key(repr(attack)))
+        self.ranking: list[Tensor] = []
         self.ranked: Tensor | None = None
+        self.waiting = self._rows()
+        self.wave: Wave | None = None
 
     def run(self) -> Iterator[Tensor]:
-        """Run everything; yields the indices of examples whose answer has just become final."""
+        """Run everything, or what is left of it; yields after each batch's step: the indices of the examples whose answer has
+        just become final, mostly none. There the job may be saved (``mohs.attacks._wave.save``)."""
         if self.x.device.type == "cpu":
             keep_memory()
-        if self.aims and len(self.x):
-            self.ranked = self._rank_classes()
-        # every example's first row before anybody's second, a slab of examples at a time: what is finished early is safe early
-        slabs = torch.arange(len(self.x), device=self.x.device).split(self.batch * WAVE)
-        self.waiting = torch.cat([torch.stack([s.repeat(self.rows), self._numbers(len(s))]) for s in slabs], 1)
-        while len(wave := self._next_wave()):
-            for _ in self._wave(*wave):
-                if len(final := self._finalise()):
-                    yield final
+        none = self.emitted.nonzero()[:0].squeeze(1)
+        if self.aims:
+            for _ in self._rank_classes():
+                yield none
+        while self.wave is not None or self._next_wave():
+            for merged in self._run_wave():
+                yield self._finalise() if merged else none
 
-    def _next_wave(self) -> tuple[Tensor, Tensor] | tuple[()]:
-        """(example, number) of the rows to run next: those of the lowest number, up to a full wave, and as many higher
-        ones as fit into the hole of its last batch, where they cost nothing."""
+    def _rows(self) -> Tensor:
+        """(example, number) of all rows: every example's first one before anybody's second, a slab of examples at a time,
+        so that what is finished early is safe early."""
+        slabs = torch.arange(len(self.x), device=self.x.device).split(self.batch * WAVE)
+        return torch.cat([torch.stack([s.repeat(self.rows), self._numbers(len(s))]) for s in slabs], 1)
+
+    def _next_wave(self) -> bool:
+        """Form the next wave: the rows of the lowest number, up to a full wave, and as many higher ones as fit into the hole
+        of its last batch, where they cost nothing. False: nothing waits."""
         example, number = self.waiting
         self.waiting = self.waiting[:, number < self.answer[example]]
         example, number = self.waiting
         if not len(number):
-            return ()
+            return False
         others = (number != number[0]).nonzero()
-        lowest = (
-            int(others[0]) if len(others) else len(number)
-        )  # the run at the head, of one slab where there are restarts
+        # the run at the head, of one slab where there are restarts
+        lowest = int(others[0]) if len(others) else len(number)
         take = min(-(-min(lowest, self.batch * WAVE) // self.batch) * self.batch, len(number))
         self.waiting = self.waiting[:, take:]
-        return example[:take], number[:take]
+        problem = self.problem(example[:take], number[:take])
+        parts = torch.arange(take, device=self.x.device).split(self.batch)
+        quiet = QuietGenerators(self.seed, int(example[0]), int(number[0]))
+        self.wave = Wave([(self._padded(problem.take(index)), None) for index in parts], quiet)
+        return True
 
     def _numbers(self, examples: int) -> Tensor:
         return torch.arange(self.rows, device=self.x.device).repeat_interleave(examples)
@@ -257,21 +270,23 @@ class Job:
             trace=None if self.trace is None else self.trace[of],
         )  # fmt: skip
 
-    def _rank_classes(self) -> Tensor:
-        """Classes other than the label, the most promising first, [N, aims]."""
-        ranked = []
-        for part in torch.arange(len(self.x), device=self.x.device).split(self.batch):
-            problem = self._padded(self._problem(part, torch.zeros_like(part)))
+    def _rank_classes(self) -> Iterator[None]:
+        """Note the classes other than the label, the most promising first, [N, aims]; pauses after each batch."""
+        parts = torch.arange(len(self.x), device=self.x.device).split(self.batch)
+        for part in parts[len(self.ranking) :] if len(self.x) else ():
+            problem = self._padded(self.problem(part, torch.zeros_like(part)))
             with QuietGenerators(self.seed, int(part[0]), 0):
                 aims = self.rank(problem, self.aims)
-            ranked.append(aims[: len(part)])
+            self.ranking.append(aims[: len(part)])
             found = problem.found.take(torch.arange(len(part), device=self.x.device))
             for i, count in enumerate((found.forwards, found.backwards, found.queries)):
                 self.cost[i, part, 0] += count
             self.spent += int(found.forwards.sum() + found.backwards.sum())
-        return torch.cat(ranked)
+            yield
+        self.ranked = torch.cat(self.ranking) if self.ranking else None
 
-    def _problem(self, example: Tensor, number: Tensor) -> Problem:
+    def problem(self, example: Tensor, number: Tensor) -> Problem:
+        """The rows of these numbers of these examples, nothing found yet."""
         x0 = self.x[example]
         if self.targets is not None:
             goal = Goal.attain(self.targets[example], confidence=self.confidence)
@@ -283,9 +298,8 @@ class Job:
         warm = None
         if self.start is not None:
             warm = self.threat.region.project(self.start[example].to(x0), x0, eps, self.threat.box)
-            if bool((restart > 0).any()) and bool(
-                eps.isfinite().all()
-            ):  # the same start again would be the same try again
+            # the same start again would be the same try again
+            if bool((restart > 0).any()) and bool(eps.isfinite().all()):
                 own = self.threat.region.start(x0, eps, self.threat.box, key)
                 warm = torch.where(per_row(restart > 0, x0), own, warm)
         return Problem(self.target, self.threat, x0, eps, goal, key, example, number, restart, Findings.none(x0), warm)
@@ -298,43 +312,47 @@ class Job:
         padded.found.settled[rows:] = True
         return padded
 
-    def _wave(self, example: Tensor, number: Tensor) -> Iterator[None]:
-        """Run rows from first to last step; pauses whenever rows have been merged into their examples."""
-        problem = self._problem(example, number)
-        guarded = QuietGenerators(self.seed, int(example[0]), int(number[0]))
-        pairs = []
-        for index in torch.arange(len(problem), device=self.x.device).split(self.batch):
-            part = self._padded(problem.take(index))
-            with guarded:
-                pairs.append((part, self.attack.init(part)))
-        del problem
-        for k in range(self.attack.steps):
+    def _run_wave(self) -> Iterator[bool]:
+        """Run the wave's rows to their end; pauses after each batch's step. True: rows have been merged into their examples."""
+        wave = self.wave
+        while wave is not None and wave.batches and wave.k <= self.attack.steps:
+            while wave.at < len(wave.batches):
+                with wave.quiet:
+                    wave.batches[wave.at] = self._step(*wave.batches[wave.at], wave.k)
+                wave.at += 1
+                yield False
+            wave.k, wave.at = wave.k + 1, 0
             live = 0
-            with guarded:
-                for i, (p, s) in enumerate(pairs):
-                    s = self.attack.step(p, s, k)
-                    self._note(p, k)
-                    self._settle(p, s.done)
-                    pairs[i] = (p, s)
-            for p, _ in pairs:
+            for p, _ in wave.batches:
                 if self.rows > 1:
                     p.found.settled |= p.number > self.answer[p.example]  # a lower row has answered meanwhile
                 live += int((~p.found.settled).sum())
             if live == 0:
                 break
-            fewer = -(-live // self.batch) < len(pairs)
-            if fewer or (len(pairs) > 1 and pairs[0][1].demand is not None):
-                pairs = self._compact(pairs)
+            fewer = -(-live // self.batch) < len(wave.batches)
+            if fewer or (len(wave.batches) > 1 and wave.batches[0][1].demand is not None):
+                wave.batches = self._compact(wave.batches)
             if fewer:
-                yield
-        for p, s in pairs:
-            if not bool(p.found.settled.all()):  # the last iterate has not been looked at yet
-                with guarded:
-                    p.look(s.x, getattr(self.attack, "objective", None))
-                self._note(p, self.attack.steps)
-            self._settle(p, torch.ones_like(p.found.settled))
+                yield True
+        for p, _ in wave.batches if wave is not None else ():
             self._collect(p)
-        yield
+        self.wave = None
+        yield True
+
+    def _step(self, p: Problem, s: Any, k: int) -> tuple[Problem, Any]:
+        """The k-th unit of work of one batch; after the last one, a look at the iterate that it left."""
+        if s is None:
+            s = self.attack.init(p)
+        if k < self.attack.steps:
+            s = self.attack.step(p, s, k)
+            self._note(p, k)
+            self._settle(p, s.done)
+            return p, s
+        if not bool(p.found.settled.all()):
+            p.look(s.x, getattr(self.attack, "objective", None))
+            self._note(p, k)
+        self._settle(p, torch.ones_like(p.found.settled))
+        return p, s
 
     def _note(self, problem: Problem, k: int) -> None:
         if self.trace is not None:

@@ -22,6 +22,8 @@ from mohs.attacks.run import usual_batch
 from mohs.data import Dataset
 from mohs.errors import CertificateContradicted, ModelError, ThreatError, UsageError, rows_text
 from mohs.evaluation import _header, claims
+from mohs.evaluation._bookmark import Bookmark
+from mohs.evaluation._curves import loss_curves, radius_curve
 from mohs.evaluation._given import dataset
 from mohs.evaluation._order import WORTH, portions, survivors
 from mohs.evaluation._quiet import untouched
@@ -34,10 +36,6 @@ from mohs.threat import Access, Threat
 
 CONTROL = 100
 """Size of the control subset: every attack runs on all of it, so that their strengths can be compared."""
-CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-"""Radii of the accuracy curve, in units of the threat's."""
-TRACED, TRACE_RESTARTS = 6, 5
-"""Loss curves: examples of the control subset, restarts each."""
 Notify = Callable[[str, int, int, int], None]
 """Called with (stage, examples done, of how many, of these broken)."""
 
@@ -196,7 +194,7 @@ class _Evaluation:
                 eps = self.x.new_full((1,), self.threat.region.eps)
                 self.threat.region.extreme(torch.ones_like(self.x[:1]), self.x[:1], eps, self.threat.box)
             for step, attack in self.steps:
-                self._job(attack, torch.zeros(1, dtype=torch.int64, device=self.x.device), **self._settings(step))
+                self.job(attack, torch.zeros(1, dtype=torch.int64, device=self.x.device), **self._settings(step))
             for certificate in self.certificates:
                 self._proof(certificate, slice(0, 1))
         self.notify("checks", 1, 1, 0)
@@ -204,7 +202,7 @@ class _Evaluation:
 
     def go(self, run: records.Run, header: records.Header, findings: list[records.Finding]) -> None:
         """All stages in order."""
-        self.run = run
+        self.run, self.bookmark = run, Bookmark(run)
         if run.header.status == "complete":  # a check that blocked it may have been mended
             run.adopt(header)
         # rows of an earlier sitting in which the model changed stay worthless
@@ -217,8 +215,8 @@ class _Evaluation:
                 self._attack(index, step, attack)
             for certificate in self.certificates:
                 self._certify(certificate)
-            self._loss_curves()
-            run.update(curve=self._curve())
+            loss_curves(self)
+            run.update(curve=radius_curve(self))
             run.ledger.drop_nearest()
             findings = findings + self._changed()
         record = run.record()
@@ -270,7 +268,7 @@ class _Evaluation:
         record = self.run.record()
         alive, answered = survivors(record, index), set(self.run.ledger.answered(index).tolist())
         name = f"{index + 1}/{len(self.steps)} {step.label}"
-        for portion in portions(record, index, step.share):
+        for number, portion in enumerate(portions(record, index, step.share)):
             # no more padding than the portion needs; counted with what an earlier sitting answered, so that bits stay equal
             rows = len(portion) * step.restarts * max(_header.aims(step, self.classes), 1)
             batches = max(1, math.ceil(rows / self.batch))
@@ -280,24 +278,33 @@ class _Evaluation:
             )
             self.notify(name, 0, len(todo), 0)
             if len(todo):
-                start = self._start(step, todo, alive, any(a < index for a in record.attacks))
-                self._run(
-                    index, name, self._job(attack, todo, **self._settings(step), start=start, batch=batch), todo, alive
-                )
+                later = any(a < index for a in record.attacks)
+
+                def make(todo: Tensor, batch: int = batch, later: bool = later) -> Job:
+                    start = self._start(step, todo, alive, later)
+                    return self.job(attack, todo, **self._settings(step), start=start, batch=batch)
+
+                self._run(index, f"{name}, portion {number + 1}", name, todo, make, alive)
             found = self.run.ledger.results(index)
             broken = np.isin(portion[alive[portion]], found.example[found.success]).sum()
             if broken < WORTH * max(int(alive[portion].sum()), 1):
                 break
 
-    def _run(self, index: int, name: str, job: Job, todo: Tensor, alive: np.ndarray) -> None:
+    def _run(
+        self, index: int, stage: str, name: str, todo: Tensor, make: Callable[[Tensor], Job], alive: np.ndarray
+    ) -> None:
         """Run a job and write down each example as soon as its answer is final."""
-        began, done = time.perf_counter(), 0
-        for final in job.run():
+        began, done, total = time.perf_counter(), 0, len(todo)
+        answered = torch.from_numpy(self.run.ledger.answered(index)).to(todo)
+        # a job that a killed sitting left also holds examples that were written down after its bookmark
+        job, todo = self.bookmark.begin(stage, todo, make)
+        for final in self.bookmark.through(job, stage, todo):
+            final = final[~torch.isin(todo[final], answered)]
             self._write(index, todo[final], job.outcome(final), alive)
             now = time.perf_counter()
             self.run.ledger.add_seconds(index, now - began)
             began, done = now, done + len(final)
-            self.notify(name, done, len(todo), int((job.success & job.emitted).sum()))
+            self.notify(name, done, total, int((job.success & job.emitted).sum()))
 
     def _start(self, step: PlanStep, todo: Tensor, alive: np.ndarray, later: bool) -> Tensor | None:
         """Where the step begins: at what earlier ones found; an example they broke or never tried begins at its input.
@@ -357,63 +364,14 @@ class _Evaluation:
             self.run.ledger.put_certificates(name, rows)
         self.notify(name, len(todo), len(todo), 0)
 
-    def _curve_attack(self) -> Any:
-        """The first iterative fixed-radius attack of the plan; its restarts are not used."""
-        return next((a for _, a in self.steps if a.finite and a.steps > 1), None)
-
-    def _loss_curves(self) -> None:
-        """Madry's figure 1: the objective against the step, several restarts of a few control examples."""
-        attack, record = self._curve_attack(), self.run.record()
-        chosen = np.flatnonzero(record.examples.control & record.correct)[:TRACED]
-        restarts = min(TRACE_RESTARTS, self.threat.queries or TRACE_RESTARTS) if getattr(attack, "random", True) else 1
-        # written one by one, so a killed run may hold some of them
-        if attack is None or len(record.traces()) == len(chosen) * restarts:
-            return
-        todo = torch.from_numpy(chosen).to(self.x.device)
-        job = self._job(attack, todo, restarts=restarts, trace=True)
-        for _ in job.run():
-            pass
-        index = next(i for i, (_, a) in enumerate(self.steps) if a is attack)
-        values = job.outcome().trace
-        if values is not None:
-            for i, example in enumerate(chosen.tolist()):
-                for restart in range(restarts):
-                    self.run.ledger.put_trace(index, example, restart, values[i, restart].cpu().numpy())
-
-    def _curve(self) -> list[records.CurvePoint]:
-        """Accuracy against radius on the control subset; radii are rows, and a break holds for every larger radius."""
-        attack, record = self._curve_attack(), self.run.record()
-        control = np.flatnonzero(record.examples.control)
-        right = control[record.correct[control]]
-        points = [records.CurvePoint(eps=0.0, survived=len(right), n=len(control), source="control subset")]
-        if attack is None or not len(right) or self.threat.region.eps == 0:
-            return points
-        radii = [r * self.threat.region.eps for r in CURVE]
-        if self.threat.region.name.startswith("l0"):
-            radii = sorted({max(1, round(r)) for r in radii})
-        todo = torch.from_numpy(right).to(self.x.device)
-        self.notify("radii", 0, len(todo), 0)
-        eps = torch.tensor(radii, device=self.x.device).repeat_interleave(len(todo))
-        job = self._job(attack, todo.repeat(len(radii)), eps=eps)
-        for _ in job.run():
-            pass
-        broken = job.success.view(len(radii), -1).cummax(0).values
-        known = torch.from_numpy(record.breaker[right] >= 0)
-        for radius, row in zip(radii, broken.cpu()):
-            gone = (row | known) if radius >= self.threat.region.eps else row
-            points.append(
-                records.CurvePoint(eps=radius, survived=int((~gone).sum()), n=len(control), source="control subset")
-            )
-        self.notify("radii", len(todo), len(todo), 0)
-        return points
-
     # ---- small helpers ----------------------------------------------------------------------------------
 
     def _settings(self, step: PlanStep) -> dict[str, Any]:
         rank = by_distance if step.rank == "distance" else by_logit
         return {"restarts": step.restarts, "aims": _header.aims(step, self.classes), "rank": rank}
 
-    def _job(self, attack: Any, todo: Tensor, **settings: Any) -> Job:
+    def job(self, attack: Any, todo: Tensor, **settings: Any) -> Job:
+        """One attack on the examples ``todo``."""
         batch = settings.pop("batch", self.batch)
         return Job(attack, self.model, self.x[todo], self.y[todo], self.threat, seed=self.seed, batch=batch, **settings)
 

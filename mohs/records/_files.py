@@ -14,6 +14,7 @@ from mohs.errors import RecordError
 RECORD = "record.json"
 LEDGER = "ledger.sqlite"
 LOCK = ".lock"
+BOOKMARK = "bookmark.safetensors"
 
 _NO_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -34,12 +35,12 @@ def guard(path: Path, doing: str) -> Iterator[None]:
         raise RecordError(_sqlite_text(path, doing, error)) from error
 
 
-def write_atomically(path: Path, text: str, parents: bool = False) -> None:
+def write_atomically(path: Path, content: str | bytes, parents: bool = False) -> None:
     """Replace a file by new content in one step: readers see the old file or the new one, never a part.
 
     Args:
         path: the file.
-        text: the content, written as UTF-8.
+        content: what it is to hold; a text is written as UTF-8.
         parents: make its directory if absent.
     """
     with guard(path, f"write {path.name}"):
@@ -47,8 +48,8 @@ def write_atomically(path: Path, text: str, parents: bool = False) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with open(temporary, "wb") as file:
+                file.write(content if isinstance(content, bytes) else content.encode())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -67,6 +67,7 @@ class Run:
             status: complete or interrupted.
             fields: further fields of `Header`, such as verdict and attacks.
         """
+        self.put_bookmark(None)
         totals = totals_of(Record(self.dir, self.header, self.ledger))
         return self.update(
             **{
@@ -81,6 +82,19 @@ class Run:
     def record(self) -> Record:
         """Read what is recorded so far."""
         return Record(self.dir, self.header, self.ledger)
+
+    @property
+    def bookmark(self) -> Path:
+        """The file that says where an unfinished job stands; absent where none is under way."""
+        return self.dir / _files.BOOKMARK
+
+    def put_bookmark(self, content: bytes | None) -> None:
+        """Replace the bookmark in one step, or remove it."""
+        if content is not None:
+            _files.write_atomically(self.bookmark, content)
+            return
+        with _files.guard(self.bookmark, "remove the bookmark"):
+            self.bookmark.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the ledger and free the directory; an unfinished run is marked interrupted."""
@@ -146,9 +160,10 @@ def totals_of(record: Record) -> Totals:
 
 def _open_locked(directory: Path, header: Header, lock: _files.Lock) -> Run:
     record_path, ledger_path = directory / _files.RECORD, directory / _files.LEDGER
-    for leftover in directory.glob(f".{_files.RECORD}.*.tmp"):  # of a writer that was killed: the lock is ours
-        with _files.guard(leftover, "clear what an interrupted write left"):
-            leftover.unlink(missing_ok=True)
+    for name in (_files.RECORD, _files.BOOKMARK):
+        for leftover in directory.glob(f".{name}.*.tmp"):  # of a writer that was killed: the lock is ours
+            with _files.guard(leftover, "clear what an interrupted write left"):
+                leftover.unlink(missing_ok=True)
     if record_path.exists():
         stored = load_header(directory)
         _refuse_other(directory, stored, header)

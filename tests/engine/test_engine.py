@@ -20,7 +20,7 @@ from mohs import records
 from mohs.attacks import FGSM, PGD, DeepFool
 from mohs.certificates import CROWN, IBP, Certificate
 from mohs.errors import CertificateContradicted, RecordError
-from mohs.evaluation import Plan, PlanStep, engine
+from mohs.evaluation import Plan, PlanStep, _curves, engine
 from mohs.threat import Access, Threat
 
 
@@ -177,7 +177,7 @@ def test_summaries_are_those_of_the_ledger(whole: records.Record) -> None:
 
 def test_curve_is_monotone_and_meets_the_result(whole: records.Record) -> None:
     curve = whole.header.curve
-    assert [p.eps for p in curve] == [0.0, *(r * 0.05 for r in engine.CURVE)]
+    assert [p.eps for p in curve] == [0.0, *(r * 0.05 for r in _curves.CURVE)]
     counts = [p.survived for p in curve]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] == whole.correct.sum() > counts[-1]
@@ -188,8 +188,8 @@ def test_curve_is_monotone_and_meets_the_result(whole: records.Record) -> None:
 
 def test_loss_curves_of_the_iterative_attack(whole: records.Record) -> None:
     traces = whole.traces()
-    chosen = np.flatnonzero(whole.examples.control & whole.correct)[: engine.TRACED]
-    assert [(a, e, r) for a, e, r, _ in traces] == [(2, e, r) for e in chosen for r in range(engine.TRACE_RESTARTS)]
+    chosen = np.flatnonzero(whole.examples.control & whole.correct)[: _curves.TRACED]
+    assert [(a, e, r) for a, e, r, _ in traces] == [(2, e, r) for e in chosen for r in range(_curves.TRACE_RESTARTS)]
     for *_, values in traces:
         assert len(values) == 9
         assert np.isfinite(values).all()

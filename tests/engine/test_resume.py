@@ -6,6 +6,8 @@ As a program, ``python tests/engine/test_resume.py 20`` kills twenty times and p
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 import random
 import shutil
@@ -16,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +28,11 @@ import mohs
 from mohs import records
 from mohs.certificates import IBP
 from mohs.errors import RecordError
+from mohs.evaluation import _bookmark
+from mohs.evaluation._bookmark import Bookmark
 from mohs.records import _files
 from mohs.records.ledger import Ledger
+from mohs.target import Target
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,6 +98,7 @@ class Server:
 def serve() -> None:
     """Fork an evaluation for each line of stdin; say its number, wait for leave to collect it, say how it ended."""
     conv()  # trained before the fork
+    _bookmark.EVERY, _bookmark.SHARE = 0.0, 0.5  # half the time goes into bookmarks, so that kills fall on them
     print("ready", flush=True)
     while line := sys.stdin.readline():
         seed, _, out = line.strip().partition(" ")
@@ -164,7 +171,12 @@ def filmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
         shutil.copytree(out, frame)
         frames.append(frame)
 
-    write, replace = Ledger._write, os.replace
+    write, replace, keep = Ledger._write, os.replace, Bookmark._keep
+    pauses = itertools.count()
+
+    def sparing_keep(self: Bookmark, *given: Any) -> None:
+        if next(pauses) % 5 == 0:
+            keep(self, *given)
 
     @contextlib.contextmanager
     def filmed_write(self: Ledger) -> Iterator[None]:
@@ -180,6 +192,9 @@ def filmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ledger, "_write", filmed_write)
         patch.setattr(_files.os, "replace", filmed_replace)
+        patch.setattr(_bookmark, "EVERY", 0.0)
+        patch.setattr(_bookmark, "SHARE", math.inf)
+        patch.setattr(Bookmark, "_keep", sparing_keep)
         evaluate(out, n=24)
     return out, frames
 
@@ -192,9 +207,11 @@ def test_every_kind_of_moment_was_filmed(filmed: tuple[Path, list[Path]]) -> Non
             states.add("no header")
         elif any(p.name.endswith(".tmp") for p in frame.iterdir()):
             states.add("half a header")
+        elif (frame / "bookmark.safetensors").exists():
+            states.add("bookmark")
         elif (frame / "ledger.sqlite-wal").exists():
             states.add("journal")
-    assert states == {"no header", "half a header", "journal"}
+    assert states == {"no header", "half a header", "journal", "bookmark"}
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -205,8 +222,8 @@ def test_resumes_after_any_write(filmed: tuple[Path, list[Path]], part: int, tmp
     for index in chosen[part::4]:
         out = tmp_path / f"again-{index}"
         shutil.copytree(frames[index], out)
-        for leftover in out.glob("*.tmp"):
-            leftover.rename(out / ".record.json.1.tmp")  # of a process with another number
+        for leftover in out.glob(".*.tmp"):
+            leftover.rename(out / f"{leftover.name.rsplit('.', 2)[0]}.1.tmp")  # of a process with another number
         evaluate(out, n=24)
         assert_same(out, reference)
 
@@ -244,6 +261,65 @@ def test_resumed_run_attacks_only_what_is_missing(filmed: tuple[Path, list[Path]
     )  # fmt: skip
     assert ("1/5 FGSM CE", 0) in told
     assert ("2/5 DeepFool-10", len(done.results(1))) in told
+
+
+def test_bookmarks_are_taken_up(filmed: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """A sitting that begins at a bookmark makes the looks that are left and no others."""
+    reference, frames = filmed
+    marked = [f for f in frames if (f / "bookmark.safetensors").exists() and not list(f.glob(".*.tmp"))]
+    assert len(marked) >= 10
+    made, nominate = {}, Target._nominate
+    for index in range(0, len(marked), max(1, len(marked) // 6)):
+        for kept in (True, False):
+            out = tmp_path / f"{index}-{kept}"
+            shutil.copytree(marked[index], out)
+            if not kept:
+                (out / "bookmark.safetensors").unlink()
+            passes: list[int] = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Target, "_nominate", lambda *a, seen=passes, **k: seen.append(1) or nominate(*a, **k))
+                evaluate(out, n=24)
+            made[index, kept] = len(passes)
+            assert_same(out, reference)
+    with_mark = [made[i, True] for i, kept in made if kept]
+    without = [made[i, False] for i, kept in made if kept]
+    assert all(a <= b for a, b in zip(with_mark, without, strict=True))
+    assert sum(with_mark) < 0.9 * sum(without)
+    assert with_mark == sorted(with_mark, reverse=True)  # the later the mark, the less is left
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00" * 200, b"{}", b"<html>no</html>"], ids=["empty", "zeros", "json", "html"]
+)
+def test_a_spoilt_bookmark_costs_time_only(filmed: tuple[Path, list[Path]], content: bytes, tmp_path: Path) -> None:
+    reference, frames = filmed
+    marked = next(f for f in frames if (f / "bookmark.safetensors").exists() and not list(f.glob(".*.tmp")))
+    out = tmp_path / "run"
+    shutil.copytree(marked, out)
+    whole = (out / "bookmark.safetensors").read_bytes()
+    (out / "bookmark.safetensors").write_bytes(content or whole[: len(whole) // 2])
+    evaluate(out, n=24)
+    assert_same(out, reference)
+
+
+def test_a_bookmark_of_another_run_is_passed_over(filmed: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    reference, frames = filmed
+    marked = [f for f in frames if (f / "bookmark.safetensors").exists() and not list(f.glob(".*.tmp"))]
+    bare = next(f for f in frames if (f / "record.json").exists() and not (f / "bookmark.safetensors").exists())
+    for at, source in enumerate((marked[0], marked[-1])):  # of another stage
+        out = tmp_path / f"run-{at}"
+        shutil.copytree(bare, out)
+        shutil.copy(source / "bookmark.safetensors", out)
+        evaluate(out, n=24)
+        assert_same(out, reference)
+    text = (marked[0] / "bookmark.safetensors").read_bytes()
+    identity = records.load_header(reference).identity.encode()
+    assert text.count(identity) == 1
+    out = tmp_path / "foreign"
+    shutil.copytree(marked[0], out)
+    (out / "bookmark.safetensors").write_bytes(text.replace(identity, b"0" * len(identity)))
+    evaluate(out, n=24)
+    assert_same(out, reference)
 
 
 def _answers(directory: Path) -> int:
