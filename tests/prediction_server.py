@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from mohs.models import _transport
 
 Reply = tuple[int, dict[str, str], bytes]
 
@@ -118,3 +121,23 @@ def answering(net: nn.Module, answers: str = "logits", metadata: object | None =
         return ok({"outputs": [{"name": "y", "shape": list(z.shape), "datatype": kind, "data": z.flatten().tolist()}]})
 
     return reply
+
+
+def net(inputs: int = 3, classes: int = 4) -> nn.Module:
+    """A small net, always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 8), nn.ReLU(), nn.Linear(8, classes)).eval()
+
+
+Serve = Callable[[Callable[[Asked], Reply | None]], Server]
+SECRET = "Bearer s3cr3t-t0ken"
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """Starts servers that end with the test; pauses between tries are short, and no token lies about."""
+    monkeypatch.setattr(_transport, "PAUSE", 0.001)
+    monkeypatch.delenv(_transport.AUTHORIZATION, raising=False)
+    with ExitStack() as opened:
+        yield lambda reply: opened.enter_context(serving(reply))

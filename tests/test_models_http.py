@@ -7,53 +7,25 @@ import logging
 import re
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from cli_problem import DATA, Shop, in_order, shop
-from prediction_server import Asked, Reply, Server, answering, ok, serving
+from cli_problem import in_order
+from prediction_server import SECRET, Asked, Reply, Serve, answering, net, ok, serve
 from torch import Tensor, nn
 
 import mohs
-from mohs import cli, models
-from mohs.errors import ModelError, MohsError
+from mohs import models
+from mohs.errors import ModelError
 from mohs.models import Served, _transport
-from mohs.records import Record
 
-__all__ = ["shop"]
+__all__ = ["serve"]
 
-Serve = Callable[[Callable[[Asked], Reply | None]], Server]
-SECRET = "Bearer s3cr3t-t0ken"
 X = torch.rand(5, 3, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    opened = []
-
-    def start(reply: Callable[[Asked], Reply | None]) -> Server:
-        opened.append(serving(reply))
-        return opened[-1].__enter__()
-
-    yield start
-    for server in opened:
-        server.__exit__(None, None, None)
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_transport, "PAUSE", 0.001)
-    monkeypatch.delenv(_transport.AUTHORIZATION, raising=False)
-
-
-def net(inputs: int = 3, classes: int = 4) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 8), nn.ReLU(), nn.Linear(8, classes)).eval()
 
 
 def always(content: bytes, status: int = 200, **headers: str) -> Callable[[Asked], Reply]:
@@ -290,6 +262,13 @@ def test_nobody_there() -> None:
     assert in_order(refusal(Served(url, retries=1)), url, "no connection after 2 tries", "Check host and port")
 
 
+def test_no_secure_connection(serve: Serve) -> None:
+    server = serve(answering(net()))
+    said = refusal(Served(server.v1.replace("http:", "https:"), headers={"Authorization": SECRET}))
+    assert in_order(said, "https://127", "no secure connection", "an http:// address?", "always verified")
+    assert not server.asked
+
+
 def test_time_runs_out(serve: Serve) -> None:
     server = serve(lambda asked: time.sleep(0.4) or ok({}))  # type: ignore[func-returns-value]
     said = refusal(Served(server.v1, timeout=0.1))
@@ -298,8 +277,6 @@ def test_time_runs_out(serve: Serve) -> None:
 
 
 def test_an_answer_that_trickles(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def drip() -> None:
@@ -527,104 +504,3 @@ def test_headers_are_sent(serve: Serve) -> None:
     Served(server.v2, answers="logits", headers={"Authorization": SECRET})(X)
     assert [a.headers["authorization"] for a in server.asked] == [SECRET] * 2
     assert server.asked[0].headers["user-agent"].startswith("mohs/")
-
-
-# ---- identity, checks, command line ----------------------------------------------------------------------
-
-
-def test_served_models_are_told_apart() -> None:
-    a = Served("http://a/v1/models/net:predict")
-    assert isinstance(models.load("HTTP://a/v1/models/net:predict"), Served)
-    others = [
-        Served("http://b/v1/models/net:predict"),
-        Served("http://a/v1/models/net:predict", answers="logits"),
-        Served("http://a/v1/models/net:predict", output="b"),
-    ]
-    assert len({models.weights_hash(m) for m in (a, *others)}) == 4
-    same = Served("http://a/v1/models/net:predict", headers={"Authorization": SECRET}, rows=3)
-    assert models.weights_hash(same) == models.weights_hash(a)
-    for wrong in ({"weights": "w.pt"}, {"arch": "linear"}):
-        with pytest.raises(ModelError, match="brings its own"):
-            models.load("http://a/v1/models/net:predict", **wrong)  # type: ignore[arg-type]
-
-
-def test_an_error_of_the_server_is_no_error_of_the_data(serve: Serve) -> None:
-    served = Served(serve(always(b"no", 404)).v1)
-    with pytest.raises(MohsError) as caught:
-        mohs.evaluate(served, (X, torch.zeros(5, dtype=torch.int64)), mohs.Threat(mohs.Linf(0.1)))
-    assert str(caught.value).startswith("POST http://")
-
-
-PLAN = '[[attack]]\nuse = "Square"\nwith = { steps = 5 }\n'
-
-
-@pytest.mark.parametrize(("form", "answers"), [("v1", "probabilities"), ("v2", "logits")])
-def test_run_and_replay_from_the_command_line(
-    shop: Shop, serve: Serve, monkeypatch: pytest.MonkeyPatch, form: str, answers: str
-) -> None:
-    monkeypatch.setenv(_transport.AUTHORIZATION, SECRET)
-    shop.plan.write_text(PLAN)
-    local = models.load("linear", weights=shop.weights)
-    server = serve(answering(local, answers))
-    url = getattr(server, form)
-    given = [] if answers == "probabilities" else ["--answers", answers]
-    how = shop.how(access="score", threat="linf:0.1", control=0)
-    code, out, err = shop.do("run", url, DATA, *given, "--n", "12", *how, "--claim", "accuracy >= 0.99")
-    assert code == 10, err
-    assert in_order(out, "note The model was asked over the network", "unknown", "REFUTED")
-    assert {a.headers.get("authorization") for a in server.asked} == {SECRET}
-    record = Record.load(shop.out)
-    assert record.header.subject.spec == " ".join([url, *given])
-    assert any("weights are unknown" in text for text in record.header.limits)
-    for path in shop.out.rglob("*"):
-        assert b"s3cr3t" not in path.read_bytes()
-    assert "unknown; of the name" in (shop.out / "report.html").read_text()
-    direct = mohs.evaluate(
-        local, mohs.data.load(DATA, n=12), mohs.Threat(mohs.Linf(0.1), access=mohs.threat.Access.SCORE), plan=shop.plan,
-        control=0, batch=8,
-    )  # fmt: skip
-    assert record.survived.tolist() == direct.survived.tolist()
-    server.asked.clear()
-    code, out, _ = shop.do("replay", shop.out)
-    assert code == 0
-    assert "confirmed under linf:0.1 on the black box of the recorded name" in out
-    # a record may come from anybody, and so may the URL in it
-    assert server.asked
-    assert not any("authorization" in a.headers for a in server.asked)
-    assert shop.do("replay", shop.out, "--model", url, *given)[0] == 0
-    assert server.asked[-1].headers["authorization"] == SECRET
-
-
-def test_labels_from_the_command_line(shop: Shop, serve: Serve) -> None:
-    server = serve(answering(models.load("linear", weights=shop.weights), "labels"))
-    labels = ["--answers", "labels", "--classes", "10"]
-    code, out, err = shop.do(
-        "check", server.v1, DATA, *labels, "--n", "12", "--threat", "linf:0.1", "--access", "label"
-    )
-    assert code == 0, err
-    assert "warn" not in out
-
-
-def test_what_the_command_line_refuses(shop: Shop, serve: Serve) -> None:
-    server = serve(answering(net(784, 10)))
-    bare = shop.how()
-    assert in_order(shop.refused("run", server.v1, DATA, *bare), "no gradients", "--access score", "logit", "label")
-    score = [*bare, "--access", "score"]
-    labels = ["--answers", "labels", "--classes", "10"]
-    assert "allowed is label" in shop.refused("run", server.v1, DATA, *score, *labels)
-    assert "brings its own weights" in shop.refused("run", server.v1, DATA, *score, "--weights", shop.weights)
-    assert "is no URL" in shop.refused("run", "linear", DATA, *bare, "--answers", "logits")
-    assert "classes >= 2" in shop.refused(
-        "check", server.v1, DATA, "--threat", "linf:0.1", "--access", "label", *labels[:2]
-    )
-    assert not server.asked
-    assert in_order(shop.refused("run", server.v1, DATA, *score, "--n", "8"), "no probabilities", "--answers")
-
-
-def test_a_served_model_is_listed_and_helped(shop: Shop) -> None:
-    code, out, _ = shop.do("list", "models")
-    assert code == 0
-    assert "models/NAME:predict" in out
-    assert "v2/models/NAME/infer" in out
-    assert "URL" in shop.do("run", "--help")[1]
-    assert cli.run(["replay", str(Path("nowhere"))]) == 2

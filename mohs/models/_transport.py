@@ -142,8 +142,8 @@ class Transport:
         times = "" if tries == 1 else f" after {tries} tries"
         if isinstance(error, kinds.SSLError):
             raise ModelError(
-                f"{method} {url}: the server's certificate was not accepted ({said}). Certificates are always verified; for "
-                "an authority of your own point the environment variable SSL_CERT_FILE to its certificate."
+                f"{method} {url}: no secure connection ({said}). Is it an http:// address? Certificates are always verified; "
+                "for an authority of your own point the environment variable SSL_CERT_FILE to its certificate."
             ) from None
         if isinstance(error, kinds.ReadTimeoutError | TimeoutError) and not isinstance(
             error, kinds.ConnectTimeoutError

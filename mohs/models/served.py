@@ -33,7 +33,9 @@ class Served(BlackBox):
 
     The weights behind a URL are unknown and may change; the record says so. Its answers may depend in the last digit on
     how the server groups inputs, so two runs need not agree bit for bit. A row that holds nan or inf counts as an error
-    of the model. Redirects are not followed, certificates are verified, and an answer is read up to 64 MiB.
+    of the model. Redirects are not followed, certificates are verified, proxies named by the environment are not used,
+    and an answer is read up to 64 MiB. To use the settings below on the command line, return the model from a function
+    of yours: ``package.module:factory``.
 
     Args:
         url: of the predictions, http or https. It is recorded, so it may hold no user, password or query.
