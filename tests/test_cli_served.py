@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cli_problem import DATA, Shop, in_order, shop
@@ -39,6 +40,14 @@ def test_an_error_of_the_server_is_no_error_of_the_data(serve: Serve) -> None:
     with pytest.raises(MohsError) as caught:
         mohs.evaluate(served, (torch.rand(5, 3), torch.zeros(5, dtype=torch.int64)), mohs.Threat(mohs.Linf(0.1)))
     assert str(caught.value).startswith("POST http://")
+
+
+def test_a_black_box_under_a_gradient_threat_is_blocked_with_the_way_out() -> None:
+    box = models.BlackBox(lambda a: np.eye(4, dtype=np.float32)[: len(a)])
+    found = {f.id: f for f in mohs.check(box, (torch.rand(4, 3), torch.arange(4)), "linf:0.1")}
+    assert found["no-gradient"].severity == "block"
+    assert "access=Access.SCORE" in found["no-gradient"].remedy
+    assert "detach" not in found["no-gradient"].remedy
 
 
 PLAN = '[[attack]]\nuse = "Square"\nwith = { steps = 5 }\n'

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mohs.errors import rows_text
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen, Severity, ok
+from mohs.models import BlackBox
 from mohs.objectives import plain_cross_entropy
 from mohs.problem import Goal
 from mohs.threat import Access
@@ -16,6 +17,10 @@ _STAND_IN = (
 _BLIND = (
     "Gradient attacks cannot run on this model. That is no robustness: attacks without gradients, or with an "
     "approximate one, may break it."
+)
+_BLACK_BOX = (
+    "A black box has no gradients to give: say what its answers show the adversary, Threat(..., access=Access.SCORE) or "
+    "--access score, for an attack that needs no more."
 )
 
 
@@ -46,11 +51,13 @@ def no_gradient(probe: Probe) -> Seen:
         return ok("the logits can be differentiated by the input")
     where = probe.cut()
     white = probe.threat.access >= Access.GRADIENT
+    closed = any(isinstance(m, BlackBox) for m in probe.model.modules())
+    mend = _BLACK_BOX if closed else f"Remove detach(), no_grad() or the non-differentiable step. {_STAND_IN}"
     return Seen(
         "block" if white else "info",
         f"no input gradient ({probe.graph_error}){': the path breaks ' + where if where else ''}",
         _BLIND if white else "The threat grants no gradients, so none are missed.",
-        f"Remove detach(), no_grad() or the non-differentiable step. {_STAND_IN}" if white else "",
+        mend if white else "",
     )  # fmt: skip
 
 
