@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,7 @@ class Look:
     _logits: Tensor
     _margin: Tensor
     met: Tensor
+    _value: Tensor | None = field(default=None, kw_only=True)
 
     def _grant(self, level: Access, what: str) -> None:
         if self.access < level:
@@ -108,16 +109,26 @@ class Look:
         self._grant(Access.LOGIT, "logits")
         return self._margin
 
+    @property
+    def value(self) -> Tensor:
+        """The objective asked for, from the logits, [B]; the margin where none was."""
+        self._grant(Access.LOGIT, "logits")
+        return self._margin if self._value is None else self._value
+
 
 @dataclass
 class View(Look):
     """A look that can be differentiated: ``pull`` maps cotangents of the logits to gradients of the input."""
 
-    value: Tensor
     cotangent: Tensor
     _problem: Problem
     _x: Tensor
     _graph: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """The objective at what gives the gradients, which may be a guide that shows more than the model, [B]."""
+        return self._margin if self._value is None else self._value
 
     def pull(self, cotangent: Tensor, keep: bool = False, rows: Tensor | None = None) -> Tensor:
         """Input gradient [B, ...] of <logits, cotangent> per row: one backward. ``keep`` allows another pull.
@@ -188,7 +199,7 @@ class Target:
             _refuse_labels(self.labels, logits.shape[1])
         value, cotangent = (objective or margin)(logits, problem.goal)
         lead, met = self._nominate(problem, x.detach(), logits, value, asked=self.guide is self.model)
-        return View(self.access, logits, lead, met, value, cotangent, problem, x, graph)
+        return View(self.access, logits, lead, met, cotangent, problem, x, graph, _value=value)
 
     def look(self, problem: Problem, x: Tensor, objective: Objective | None = None) -> Look:
         """Look at ``x`` [B, ...] without gradients. Cost: one forward, one query.
@@ -208,7 +219,7 @@ class Target:
             _refuse_labels(self.labels, logits.shape[1])
         value = None if objective is None else objective(logits, problem.goal)[0]
         lead, met = self._nominate(problem, x.detach(), logits, value, asked=shown)
-        return Look(self.access, logits, lead, met)
+        return Look(self.access, logits, lead, met, _value=value)
 
     def _nominate(
         self, problem: Problem, x: Tensor, logits: Tensor, value: Tensor | None, asked: bool

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mohs import streams
 from mohs.attacks._base import Attack
+from mohs.attacks._batches import fitting_batch, usual_batch
 from mohs.attacks._inputs import check_inputs, check_mode, check_start
 from mohs.attacks._outcome import Outcome, Stop
 from mohs.attacks._quiet import QuietGenerators, keep_memory
@@ -34,15 +35,6 @@ from mohs.threat import Access, Threat
 
 WAVE = 8
 """Batches per wave: enough to fill holes, few enough that the wave's rows stay in memory."""
-
-
-def usual_batch(x: Tensor, attack: Attack | None = None) -> int:
-    """Physical batch size where none is asked for: up to 256 rows, on a CPU 128 where the attack is uneven, because a batch
-    pays for its most demanding row; fewer where the inputs [N, ...] are large."""
-    on_cpu = x.device.type == "cpu"
-    values, most = 1 << (20 if on_cpu else 25), 128 if on_cpu and getattr(attack, "uneven", False) else 256
-    rows = values // max(x[0].numel() if len(x) else 1, 1)
-    return min(most, max(8, 1 << (max(rows, 1).bit_length() - 1)))
 
 
 def refused_norm(attack: Attack | type, threat: Threat) -> str | None:
@@ -93,9 +85,8 @@ def attack(
         confidence: by how many logits the wrong answer must win to count.
         start: points [N, ...] to begin from, such as an earlier outcome's ``x``; they are brought into region and box.
         seed: of the random streams; the global generators are not touched.
-        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: 256,
-            fewer for large inputs and uneven attacks, or a power of two of about a third of the rows (where
-            rows do not settle before the end, one that fills batches).
+        batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: one that
+            suits the number of rows, at most 256, fewer for large inputs and uneven attacks (``attacks/_batches.py``).
         stop: when a row ends; default: at the first success at a finite radius, else when the budget is spent.
         trace: keep the objective at every look (implies that the budget is spent).
         guide: a differentiable stand-in that gives the gradients; successes are confirmed on ``model``.
@@ -186,14 +177,8 @@ class Job:
             raise UsageError(
                 "stop=Stop.SUCCESS contradicts a trace or an infinite radius, which spend the whole budget."
             )
-        rows = len(x) * self.rows
-        few = min(usual_batch(x, attack), 1 << max(0, rows - 1).bit_length())
-        while few > 16 and -rows % few > rows // 8:
-            few //= 2  # less padding
-        if self.stop is Stop.SUCCESS or getattr(attack, "uneven", False):
-            # three batches at least, where there are rows for it: a single one could not shrink as its rows settle
-            few = min(few, max(16, 1 << max(0, (rows // 3).bit_length() - 1)))
-        self.batch = batch or few
+        shrinking = x.device.type == "cpu" and (self.stop is Stop.SUCCESS or getattr(attack, "uneven", False))
+        self.batch = batch or fitting_batch(len(x) * self.rows, usual_batch(x, attack), shrinking)
         count = (len(x), self.rows)
         self.finished = torch.zeros(count, dtype=torch.bool, device=x.device)
         self.emitted = torch.zeros(len(x), dtype=torch.bool, device=x.device)

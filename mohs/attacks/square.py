@@ -16,7 +16,6 @@ from mohs.attacks._settings import check_ascent, check_share
 from mohs.objectives import Objective, margin
 from mohs.problem import Problem
 from mohs.regions import Linf, Lp, per_row
-from mohs.target import Look
 from mohs.threat import Access
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -101,19 +100,17 @@ class Square:
         """Look at the proposal, keep the better point, and propose the next."""
         assert state.best is not None
         assert state.value is not None
-        value, _ = self.objective(scores(problem.look(state.x, self.objective)), problem.goal)
+        look = problem.look(state.x, self.objective)
+        if look.access >= Access.LOGIT:
+            value = look.value
+        else:  # log-probabilities are logits up to a shift per row
+            tiny = torch.finfo(look.probabilities.dtype).tiny
+            value, _ = self.objective(look.probabilities.clamp_min(tiny).log(), problem.goal)
         better = value > state.value
         best = torch.where(per_row(better, state.x), state.x, state.best)
         area = self.share * 0.5 ** sum(k * 10_000 // self.steps > late for late in HALVINGS)
         propose = square if isinstance(problem.threat.region, Linf) else move
         return SquareState(propose(problem, best, area, k), None, best, torch.where(better, value, state.value))
-
-
-def scores(look: Look) -> Tensor:
-    """[B, K]: logits where they are granted, else log-probabilities, which are logits up to a shift per row."""
-    if look.access >= Access.LOGIT:
-        return look.logits
-    return look.probabilities.clamp_min(torch.finfo(look.probabilities.dtype).tiny).log()
 
 
 def square(problem: Problem, best: Tensor, area: float, k: int) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mohs import records, streams
 from mohs.attacks import Job, Outcome, by_distance, by_logit
+from mohs.attacks._batches import fitting_batch, usual_batch
 from mohs.attacks._inputs import check_inputs
-from mohs.attacks.run import usual_batch
 from mohs.data import Dataset
 from mohs.errors import CertificateContradicted, ModelError, ThreatError, UsageError, rows_text
 from mohs.evaluation import _header, claims
@@ -269,10 +269,9 @@ class _Evaluation:
         alive, answered = survivors(record, index), set(self.run.ledger.answered(index).tolist())
         name = f"{index + 1}/{len(self.steps)} {step.label}"
         for number, portion in enumerate(portions(record, index, step.share)):
-            # no more padding than the portion needs; counted with what an earlier sitting answered, so that bits stay equal
+            # of all of the portion, whatever an earlier sitting answered, so that bits stay equal
             rows = len(portion) * step.restarts * max(_header.aims(step, self.classes), 1)
-            batches = max(1, math.ceil(rows / self.batch))
-            batch = min(self.batch, 8 * max(1, math.ceil(rows / batches / 8)))
+            batch = fitting_batch(rows, self.batch, self.x.device.type == "cpu")
             todo = torch.tensor(
                 [i for i in portion.tolist() if i not in answered], device=self.x.device, dtype=torch.int64
             )
