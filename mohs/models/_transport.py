@@ -77,7 +77,7 @@ class Transport:
                 asked = self._asked_to_wait(fields)
                 if status not in BUSY or last or asked > PATIENCE:
                     raise ModelError(self._refused(method, url, status, reason, fields, content, tries))
-                wait = asked if "retry-after" in fields else pause
+                wait = asked or pause
             time.sleep(wait)
             pause *= 2
         raise AssertionError("the last try answers or raises")
