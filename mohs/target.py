@@ -214,7 +214,7 @@ class Target:
                 "Use Threat(access=Access.LABEL) or more."
             )
         with torch.no_grad():  # not inference_mode: what a model caches in its forward must stay usable with gradients
-            logits = classify(self.model if shown else self.guide, x.detach())
+            logits = _ask(self.model if shown else self.guide, x.detach(), ~problem.found.settled)
         if self.labels is not None and self.highest >= logits.shape[1]:
             _refuse_labels(self.labels, logits.shape[1])
         value = None if objective is None else objective(logits, problem.goal)[0]
@@ -282,7 +282,7 @@ class Target:
         looks = max(self.draws, 1)
         for _ in range(looks):
             with torch.no_grad():
-                logits = classify(self.model, x)
+                logits = _ask(self.model, x, met & live)
             fresh = problem.goal.margin(logits)
             wins += fresh > rounding(logits)
             worst = torch.minimum(worst, fresh)
@@ -290,6 +290,19 @@ class Target:
         if self.guide is not self.model and self.access > Access.NONE:
             problem.found.queries += met & live
         return torch.where(met, worst, lead), met & (wins * 2 > looks)
+
+
+def _ask(model: nn.Module, x: Tensor, wanted: Tensor) -> Tensor:
+    """Logits [B, K]; a model that is paid by the row (``by_row``) is not asked about others than ``wanted`` [B]."""
+    if not getattr(model, "by_row", False) or bool(wanted.all()):
+        return classify(model, x)
+    rows = wanted.nonzero().squeeze(1)
+    if not len(rows):
+        rows = torch.zeros(
+            1, dtype=torch.int64, device=x.device
+        )  # how many classes there are is known from an answer alone
+    asked = classify(model, x.index_select(0, rows))
+    return asked.new_zeros((len(x), asked.shape[1])).index_copy_(0, rows, asked)
 
 
 def _refuse_labels(labels: Tensor, classes: int) -> None:

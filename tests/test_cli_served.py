@@ -98,7 +98,7 @@ def test_a_run_goes_on_after_the_server_was_away(shop: Shop, serve: Serve) -> No
     whole = [str(shop.folder / "whole") if part == str(shop.out) else part for part in command]
     code, _, err = shop.do(*command)
     assert code == 2
-    assert in_order(err, "answered 500", "out of memory")
+    assert in_order(err, "answered 500", "out of memory", "is kept in", "goes on from there")
     assert shop.out.exists()
     server.reply = answer
     assert shop.do(*command)[0] == 0

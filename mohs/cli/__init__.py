@@ -38,7 +38,7 @@ def _run(argv: Sequence[str]) -> int:
     except CycloptsError:
         return 2  # cyclopts has printed what was wrong
     except MohsError as error:
-        print(f"mohs: {error}", file=sys.stderr)
+        print(" ".join([f"mohs: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # the reader has gone before a verdict was given: nothing more can be said to it, but this is no success

@@ -86,9 +86,12 @@ def _load(
 
 
 def _threat(text: str, access: str, queries: int | None) -> Threat:
-    from mohs.threat import Access, Threat
+    from mohs.threat import Access, Knowledge, Threat
 
-    return replace(Threat.parse(text), access=Access[access.upper()], queries=queries)
+    granted = Access[access.upper()]
+    # who knew the weights would take gradients of a copy
+    known = Knowledge(weights=granted == Access.GRADIENT)
+    return replace(Threat.parse(text), access=granted, queries=queries, knowledge=known)
 
 
 def _spec(model: str, weights: Path | None, answers: str | None, classes: int | None) -> str:

@@ -142,9 +142,11 @@ def _recorded(
             else:
                 run.go(opened, header, findings)
             return opened.record()
-    except BaseException:
+    except BaseException as error:
         if out is None:
             shutil.rmtree(place, ignore_errors=True)
+        elif isinstance(error, ModelError) and findings is not None:
+            error.add_note(f"What was found before is kept in {place}: the same evaluation goes on from there.")
         raise
 
 

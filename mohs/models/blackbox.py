@@ -17,7 +17,8 @@ class BlackBox(nn.Module):
 
     Use it for models outside torch. The function gets a float32 array [N, ...] and answers scores [N, K] or [N], one
     row per input, larger meaning more likely. For probabilities or bare labels see the two other constructors.
-    The forward pass accepts inputs that require gradients; its answer simply has none.
+    The forward pass accepts inputs that require gradients; its answer simply has none. Attacks ask it about no row that
+    has been answered for good, so batches get shorter.
 
     Args:
         function: From an array [N, ...] to an array [N, K], or [N] for a binary classifier.
@@ -30,6 +31,9 @@ class BlackBox(nn.Module):
     >>> box(torch.ones(1, 3, requires_grad=True))
     tensor([[2., 2., 2.]])
     """
+
+    by_row = True
+    """Each row costs: ``mohs.target`` does not ask about settled ones."""
 
     def __init__(self, function: Callable[[np.ndarray], Any], *, name: str = "") -> None:
         super().__init__()
