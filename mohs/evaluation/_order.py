@@ -11,14 +11,15 @@ from mohs import records
 LEAST = 1 / 64
 """Share of all examples below which no step of a plan cuts the survivors: on so few, any step costs little beside the first."""
 WORTH = 0.1
-"""A portion of which a step breaks at least so many is followed by the next one: the order was no guide to who is near, or
-all are. Where it breaks fewer, those behind, who were farther away, promise less still."""
+"""A portion of whose farther half a step breaks at least so many is followed by the next one: the order was no guide to who is
+near, or all are. Where it breaks fewer there, those behind, who were farther away still, promise less."""
 
 
-def portions(record: records.Record, index: int, share: float) -> list[np.ndarray]:
-    """Survivors of the attacks before ``index``, those nearest to breaking first, cut into portions.
+def portions(record: records.Record, index: int, share: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Survivors of the attacks before ``index``, those nearest to breaking first, cut into portions, and of each portion the
+    farther half.
 
-    The first one also holds whom no attack has tried yet, and the control subset. It depends on the rows of earlier attacks
+    The first portion also holds whom no attack has tried yet, and the control subset. It depends on the rows of earlier attacks
     alone, so that a resumed run cuts as an uninterrupted one does.
     """
     tried = np.zeros(record.n, dtype=bool)
@@ -38,7 +39,8 @@ def portions(record: records.Record, index: int, share: float) -> list[np.ndarra
     first = np.concatenate([head, forced[np.sort(np.unique(forced, return_index=True)[1])]]).astype(np.int64)
     rest = np.setdiff1d(tail, first, assume_unique=True)
     rest = tail[np.isin(tail, rest)]
-    return [first, *(rest[at : at + size] for at in range(0, len(rest), size))]
+    later = [rest[at : at + size] for at in range(0, len(rest), size)]
+    return [(first, head[len(head) // 2 :]), *((part, part[len(part) // 2 :]) for part in later)]
 
 
 def survivors(record: records.Record, index: int) -> np.ndarray:

@@ -270,7 +270,7 @@ class _Evaluation:
         record = self.run.record()
         alive, answered = survivors(record, index), set(self.run.ledger.answered(index).tolist())
         name = f"{index + 1}/{len(self.steps)} {step.label}"
-        for number, portion in enumerate(portions(record, index, step.share)):
+        for number, (portion, far) in enumerate(portions(record, index, step.share)):
             # of all of the portion, whatever an earlier sitting answered, so that bits stay equal
             rows = len(portion) * step.restarts * max(_header.aims(step, self.classes), 1)
             batch = fitting_batch(rows, self.batch, self.x.device.type == "cpu")
@@ -287,8 +287,7 @@ class _Evaluation:
 
                 self._run(index, f"{name}, portion {number + 1}", name, todo, make, alive)
             found = self.run.ledger.results(index)
-            broken = np.isin(portion[alive[portion]], found.example[found.success]).sum()
-            if broken < WORTH * max(int(alive[portion].sum()), 1):
+            if np.isin(far, found.example[found.success]).sum() < WORTH * max(len(far), 1):
                 break
 
     def _run(

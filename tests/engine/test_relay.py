@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,6 +152,41 @@ def test_a_step_goes_on_as_long_as_it_breaks_what_it_is_given(tmp_path: Path) ->
     alive = int((record.correct & (record.breaker != 0)).sum())
     assert given > 2 * int(np.ceil(0.125 * alive)), "the first portion broke, so more must follow"
     assert int(record.survived.sum()) - int(every.survived.sum()) <= 0.1 * alive
+
+
+class Planned:
+    """Breaks exactly the examples it is told to, by their place in the order of a step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, breaks: set[int]) -> None:
+        self.given: list[list[int]] = []
+        run, write = engine._Evaluation._run, engine._Evaluation._write
+
+        def told(evaluation: Any, index: int, stage: str, name: str, todo: Tensor, make: Any, alive: Any) -> None:
+            if index == 1:
+                self.given.append(todo.tolist())
+            run(evaluation, index, stage, name, todo, make, alive)
+
+        def written(evaluation: Any, index: int, ids: Tensor, found: Any, alive: Any) -> None:
+            if index == 1:
+                place = {example: at for at, example in enumerate(i for part in self.given for i in part)}
+                won = torch.tensor([place[i] in breaks for i in ids.tolist()], dtype=torch.bool)
+                found = replace(found, success=won, x=found.x.clone())
+            write(evaluation, index, ids, found, alive)
+
+        monkeypatch.setattr(engine._Evaluation, "_run", told)
+        monkeypatch.setattr(engine._Evaluation, "_write", written)
+
+
+@pytest.mark.parametrize(("breaks", "portions"), [(set(), 1), ({0, 1}, 1), ({3}, 2), ({3, 7}, 3), ({5, 6, 7}, 1)])
+def test_the_next_portion_follows_where_the_farther_half_broke(
+    breaks: set[int], portions: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Portions of four: places 0 and 1 of each are near, 2 and 3 are far."""
+    planned = Planned(monkeypatch, breaks)
+    plan = Plan("two", (PlanStep.make("FGSM"), PlanStep.make("PGD", {"steps": 2}, share=0.01)))
+    data = images().take(250)
+    evaluate(data, plan=plan, threat="linf:0.01", out=tmp_path / "run", control=0, batch=64)
+    assert [len(part) for part in planned.given] == [4] * portions
 
 
 def test_whom_no_attack_has_tried_is_never_cut(tmp_path: Path) -> None:
