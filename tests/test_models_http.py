@@ -135,7 +135,7 @@ def test_large_inputs_go_in_small_requests(serve: Serve) -> None:
     assert [a.rows for a in server.posts] == [1, 1, 1]
 
 
-def metadata(shape: list[int], name: str = "pixels", datatype: str = "FP32", more: int = 0) -> dict[str, object]:
+def metadata(shape: list[int], name: str = "pixels", datatype: object = "FP32", more: int = 0) -> dict[str, object]:
     tensor = {"name": name, "datatype": datatype, "shape": shape}
     return {
         "name": "net",
@@ -156,6 +156,21 @@ def test_the_server_names_its_input(serve: Serve, declared: list[int], sent: lis
     assert (tensor["name"], tensor["shape"], tensor["datatype"]) == ("pixels", sent, "FP32")
 
 
+@pytest.mark.parametrize(
+    "told", [{}, {"inputs": None}, {"inputs": []}, {"inputs": [3]}, {"inputs": [{"name": None}]}, {"error": "what?"}]
+)
+def test_metadata_that_say_nothing(serve: Serve, told: object) -> None:
+    server = serve(answering(net(), metadata=told))
+    assert torch.allclose(Served(server.v2, answers="logits")(X), net()(X), atol=1e-6)
+    assert server.posts[0].body["inputs"][0]["name"] == "input-0"
+
+
+def test_metadata_with_strangers_among_the_inputs(serve: Serve) -> None:
+    server = serve(answering(net(), metadata={"inputs": [3, None, {"name": 5}, {"name": "pixels"}]}))
+    Served(server.v2, answers="logits")(X)
+    assert server.posts[0].body["inputs"][0]["name"] == "pixels"
+
+
 def test_without_metadata_the_usual_name(serve: Serve) -> None:
     server = serve(answering(net()))
     Served(server.v2, answers="logits")(X)
@@ -173,12 +188,21 @@ def test_without_metadata_the_usual_name(serve: Serve) -> None:
         (metadata([-1, 3], datatype="UINT8"), "takes UINT8.*FP32 or FP64"),
         (metadata([-1, 3], more=2), "takes 3 inputs .'pixels', 'm0', 'm1'.*Exactly one"),
         (metadata([-1, 4]), "takes inputs of shape \\[4\\], got \\[3\\]"),
+        (metadata([10**12, 3]), "takes 1000000000000 inputs at once.*1 to 1024"),
+        (metadata([1025, 3]), "takes 1025 inputs"),
+        (metadata([0, 3]), "takes 0 inputs"),
+        (metadata([-2, 3]), "takes -2 inputs"),
+        (metadata([-1, 10**4000]), "takes inputs of shape \\[1000"),
+        (metadata([-1, 3], datatype=[]), "inputs of an unknown type"),
         ([1, 2], 'no list "inputs"'),
+        ({"inputs": 3}, 'no list "inputs"'),
     ],
 )
 def test_metadata_that_do_not_fit(serve: Serve, told: object, match: str) -> None:
     server = serve(answering(net(), metadata=told))
-    assert re.search(match, refusal(Served(server.v2, answers="logits")))
+    said = refusal(Served(server.v2, answers="logits"))
+    assert re.search(match, said)
+    assert len(said) < 1000
     assert not server.posts
 
 
@@ -276,17 +300,29 @@ def test_time_runs_out(serve: Serve) -> None:
     assert len(server.asked) == 1  # whoever is at work is not asked twice
 
 
-def test_an_answer_that_trickles(monkeypatch: pytest.MonkeyPatch) -> None:
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "drop"),
+    [
+        (HEAD + b"Content-Length: 1000\r\n\r\n", b" "),  # the body by bytes
+        (HEAD, b"X-More: 1\r\n"),  # headers by lines
+        (HEAD + b"X-More: ", b"1"),  # one header by bytes
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+)
+def test_an_answer_that_trickles(first: bytes, drop: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def drip() -> None:
             connection, _ = server.accept()
             with connection:
                 connection.recv(1 << 16)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                connection.sendall(first)
                 try:
                     for _ in range(60):
-                        connection.sendall(b" ")
+                        connection.sendall(drop)
                         time.sleep(0.02)
                 except OSError:
                     pass
@@ -296,7 +332,7 @@ def test_an_answer_that_trickles(monkeypatch: pytest.MonkeyPatch) -> None:
         began = time.monotonic()
         said = refusal(Served(f"http://127.0.0.1:{server.getsockname()[1]}/v1/models/net:predict", timeout=0.2))
         assert time.monotonic() - began < 0.8
-        assert "did not end in time" in said
+        assert "no whole answer within 0.2 s" in said
         thread.join()
 
 
@@ -327,6 +363,7 @@ BAD: list[tuple[str, bytes, str]] = [
     ("v2", b'{"outputs": []}', "holds no tensors"),
     ("v2", b'{"outputs": [3]}', "holds no tensors"),
     ("v2", b'{"outputs": [{"shape": [5], "datatype": "BYTES", "data": ["a"]}]}', "BYTES.*no numbers"),
+    ("v2", b'{"outputs": [{"shape": [5], "datatype": [], "data": [1]}]}', "of no type, and holds no numbers"),
     ("v2", b'{"outputs": [{"shape": [5], "datatype": "FP32"}]}', 'no "data"'),
     ("v2", b'{"outputs": [{"shape": "5", "datatype": "FP32", "data": []}]}', "no shape"),
     ("v2", b'{"outputs": [{"shape": [true], "datatype": "FP32", "data": []}]}', "no shape"),
@@ -383,6 +420,7 @@ def test_another_model_is_noticed_by_its_classes(serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("status", "match"),
     [
+        (400, "400 Bad Request.*shape and type.*so many at once.*rows="),
         (404, "404 Not Found.*name and version"),
         (500, "500.*went wrong.*Its log"),
         (401, "401.*MOHS_HTTP_AUTHORIZATION"),
@@ -497,6 +535,27 @@ def test_no_message_shows_a_secret(serve: Serve, caplog: pytest.LogCaptureFixtur
         for shown in (repr(served), served.name, str(served.state_dict())):
             assert "s3cr3t" not in shown
     assert "s3cr3t" not in caplog.text
+
+
+def long(before: int) -> bytes:
+    return b"x" * before + SECRET.encode()
+
+
+CUT = [
+    ("v1", long(190), 500),  # where messages end
+    ("v1", b" " * 65_525 + SECRET.encode(), 500),  # where texts are too long to be looked at
+    ("v1", b'{"error": "' + long(185) + b'"}', 200),
+    ("v2", b'{"outputs": [{"shape": [5], "datatype": "' + long(5) + b'", "data": []}]}', 200),
+    ("v2", b'{"inputs": [{"name": "a", "datatype": "' + long(5) + b'"}]}', 0),
+]
+
+
+@pytest.mark.parametrize(("form", "content", "status"), CUT)
+def test_no_message_shows_the_head_of_a_secret(serve: Serve, form: str, content: bytes, status: int) -> None:
+    server = serve(always(content, status) if status else lambda asked: (200, {}, content))
+    said = refusal(Served(getattr(server, form), headers={"Authorization": SECRET}))
+    assert "Bea" not in said
+    assert "s3c" not in said
 
 
 def test_headers_are_sent(serve: Serve) -> None:

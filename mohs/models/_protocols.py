@@ -24,6 +24,8 @@ _INFER = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer$")
 _FLOATS = {"FP32": np.float32, "FP64": np.float64}
 _NUMBERS = ("FP16", "BF16", "FP32", "FP64", *(f"{u}INT{b}" for u in ("", "U") for b in (8, 16, 32, 64)))
 _LEVELS = 8
+_MOST_BATCH, _MOST_SIDE = 1024, 1 << 31
+"""No server is believed that it takes larger batches only, or inputs longer along one dimension."""
 
 
 class UnfitError(Exception):
@@ -86,10 +88,13 @@ class Infer:
 
     def learn(self, answer: bytes) -> None:
         """Name, type and shape of the input, from the model's metadata."""
-        inputs = _entry(parse(answer), "inputs", list)
-        names = [str(t.get("name")) for t in inputs if isinstance(t, dict)]
-        if not names:
+        told = parse(answer)
+        if isinstance(told, dict) and told.get("inputs") is None:
             return  # some servers know nothing of their models
+        inputs = [t for t in _entry(told, "inputs", list) if isinstance(t, dict) and isinstance(t.get("name"), str)]
+        names = [t["name"] for t in inputs]
+        if not names:
+            return
         name = self._wanted if self._wanted is not None else names[0]
         if name not in names or (self._wanted is None and len(names) > 1):
             raise UnfitError(
@@ -99,16 +104,15 @@ class Infer:
             )
         tensor = inputs[names.index(name)]
         datatype, shape = tensor.get("datatype", "FP32"), tensor.get("shape", [])
-        if datatype not in _FLOATS:
+        if not isinstance(datatype, str) or datatype not in _FLOATS:
             raise UnfitError(
-                f"the model takes {str(datatype)[:20]}",
+                f"the model takes {datatype if isinstance(datatype, str) else 'inputs of an unknown type'}",
                 "Inputs are FP32 or FP64 here; put the conversion into the served model, or into a function around it "
                 "(mohs.models.BlackBox).",
             )
+        if isinstance(shape, list) and 2 <= len(shape) <= _LEVELS and all(type(d) is int for d in shape):
+            self._shape, self.batch = shape, _batch(shape)
         self.input, self._datatype = name, datatype
-        if isinstance(shape, list) and len(shape) >= 2 and all(type(d) is int for d in shape):
-            self._shape = shape
-            self.batch = shape[0] if shape[0] > 0 else None
 
     def body(self, x: np.ndarray) -> bytes:
         """The request for inputs [n, ...]."""
@@ -141,7 +145,8 @@ class Infer:
         tensor = outputs[names.index(_chosen(names, self.output))]
         datatype, shape, data = tensor.get("datatype"), tensor.get("shape"), tensor.get("data")
         if datatype not in _NUMBERS:
-            raise UnfitError(f"the output is of type {str(datatype)[:20]!r}, which holds no numbers")
+            said = f"of type '{datatype}', which holds" if isinstance(datatype, str) else "of no type, and holds"
+            raise UnfitError(f"the output is {said} no numbers")
         if not isinstance(data, list):
             raise UnfitError('the output has no "data" in JSON')
         if not isinstance(shape, list) or not shape or len(shape) > _LEVELS or any(type(d) is not int for d in shape):
@@ -187,15 +192,29 @@ def parse(answer: bytes) -> Any:
     except RecursionError:
         raise UnfitError("the JSON is nested too deeply") from None
     except ValueError as error:  # also of numbers with thousands of digits
-        raise UnfitError(f"no JSON came ({str(error)[:80]})") from None
+        raise UnfitError(f"no JSON came ({error})") from None
 
 
 def _entry(found: Any, name: str, kind: type) -> Any:
     if isinstance(found, dict) and name not in found and isinstance(found.get("error"), str):
-        raise UnfitError(f"the server reports an error: {found['error'][:200]}")
+        raise UnfitError(f"the server reports an error: {found['error']}")
     if not isinstance(found, dict) or not isinstance(found.get(name), kind):
         raise UnfitError(f'there is no list "{name}" in the answer')
     return found[name]
+
+
+def _batch(shape: list[int]) -> int | None:
+    """The batch that a model insists on, None for any; UnfitError where it cannot be meant."""
+    if any(abs(d) > _MOST_SIDE for d in shape[1:]):
+        raise UnfitError(f"the model takes inputs of shape {shape[1:]}", "No data set holds such inputs.")
+    if shape[0] == -1:
+        return None
+    if not 1 <= shape[0] <= _MOST_BATCH:
+        raise UnfitError(
+            f"the model takes {shape[0]} inputs at once",
+            f"A fixed batch holds 1 to {_MOST_BATCH} inputs, and -1 stands for any: export the model with such a shape.",
+        )
+    return shape[0]
 
 
 def _chosen(names: list[str], wanted: str | None) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import time
 from collections.abc import Mapping
+from http.client import HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,7 +35,8 @@ class Transport:
 
     Args:
         headers: sent with every request. Their values are secrets: no message holds them.
-        timeout: seconds to wait for the server to go on, and for the whole of an answer to arrive.
+        timeout: seconds from the end of a request to the end of its answer, headers included; connecting and sending
+            have limits of their own.
         retries: further tries where no connection could be made or kept, or the server is busy.
 
     Raises:
@@ -53,6 +56,7 @@ class Transport:
         fixed = {"user-agent": f"mohs/{mohs.__version__}", "accept": "application/json"}
         self._headers = fixed | self._headers
         self._pool = self._urllib3.PoolManager(num_pools=2, maxsize=1, retries=False)
+        self._pool.pool_classes_by_scheme = _punctual(self._urllib3)
 
     def ask(self, method: str, url: str, body: bytes | None = None, *, without: tuple[int, ...] = ()) -> bytes | None:
         """The body of the answer of status 200; None for one of the statuses ``without``.
@@ -85,16 +89,14 @@ class Transport:
     def shown(self, text: str | bytes, most: int = 200) -> str:
         """A text of the server as messages may hold it: short, in one line, nothing invisible, no secrets."""
         if isinstance(text, bytes):
-            text = text[: 1 << 16].decode("utf-8", "replace")
-        text = text[: 1 << 16]
-        for secret in self._secrets:
+            text = text.decode("utf-8", "replace")
+        for secret in self._secrets:  # before any cut, which might leave the head of one
             text = text.replace(secret, "***")
-        text = " ".join(text.split())
+        text = " ".join(text[: 1 << 16].split())
         short = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
         return short + ("..." if len(text) > most else "")
 
     def _once(self, method: str, url: str, body: bytes | None) -> tuple[int, str, Mapping[str, str], bytes]:
-        deadline = time.monotonic() + self.timeout
         headers = self._headers if body is None else self._headers | {"content-type": "application/json"}
         response: Any = self._pool.request(
             method, url, body=body, headers=headers, redirect=False, preload_content=False, decode_content=False,
@@ -111,8 +113,6 @@ class Transport:
                         f"{method} {url} answered with more than the {ANSWER_BYTES:,} bytes allowed. Is it a prediction "
                         "server, and does it send nothing but one row of numbers per input?"
                     )
-                if time.monotonic() > deadline:  # one byte a second would otherwise go on for ever
-                    raise TimeoutError("the answer began, but did not end in time")
             coding = response.headers.get("content-encoding", "identity").lower()
             if coding != "identity":
                 raise ModelError(
@@ -173,6 +173,8 @@ class Transport:
                 "host that was named. Give that URL if you trust it."
             )
         advice = {
+            400: "Check that its model takes inputs of this shape and type, and so many at once: mohs.models.Served(url, "
+            "rows=...) sends fewer.",
             401: f"It asks who you are: set the environment variable {AUTHORIZATION}, or give headers to mohs.models.Served. "
             "(mohs replay sends it only to a URL that --model gives.)",
             403: f"It knows you or not, but lets you not: check {AUTHORIZATION} or the headers given.",
@@ -238,6 +240,51 @@ def _secrets(values: Any) -> list[str]:
     """What must not be shown: whole values, and their words, as of 'Bearer TOKEN'; longest first."""
     words = {part for value in values for part in (value, *value.split()) if len(part) >= 4}
     return sorted(words, key=len, reverse=True)
+
+
+class _Until(io.RawIOBase):
+    """What a socket receives until its timeout has passed once, counted from now and over all reads."""
+
+    def __init__(self, sock: Any) -> None:
+        super().__init__()
+        self._sock, self._raw, self._timeout = sock, sock.makefile("rb", buffering=0), sock.gettimeout()
+        self._end = time.monotonic() + self._timeout
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> Any:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer began, but did not end in time")
+        self._sock.settimeout(left)
+        try:
+            return self._raw.readinto(into)
+        finally:
+            self._sock.settimeout(self._timeout)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Punctual(HTTPResponse):
+    """An answer that comes in time as a whole: else a line or a byte a second would go on for ever."""
+
+    def __init__(self, sock: Any, *args: Any, **settings: Any) -> None:
+        super().__init__(_Until(sock), *args, **settings)  # type: ignore[arg-type]  # it asks for makefile alone
+
+
+def _punctual(urllib3: Any) -> dict[str, Any]:
+    """The pools of urllib3 by scheme, but with ``_Punctual`` answers."""
+    made = {}
+    for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool)):
+        connection = type("Connection", (pool.ConnectionCls,), {"response_class": _Punctual})
+        made[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": connection})
+    return made
 
 
 def _urllib3() -> Any:
