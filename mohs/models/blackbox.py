@@ -18,7 +18,8 @@ class BlackBox(nn.Module):
     Use it for models outside torch. The function gets a float32 array [N, ...] and answers scores [N, K] or [N], one
     row per input, larger meaning more likely. For probabilities or bare labels see the two other constructors.
     The forward pass accepts inputs that require gradients; its answer simply has none. Attacks ask it about no row that
-    has been answered for good, so batches get shorter.
+    has been answered for good, so batches get shorter, unless it is wrapped in another module (``normalized``,
+    ``nn.Sequential``): what the function needs before it belongs into the function.
 
     Args:
         function: From an array [N, ...] to an array [N, K], or [N] for a binary classifier.
@@ -33,7 +34,7 @@ class BlackBox(nn.Module):
     """
 
     by_row = True
-    """Each row costs: ``mohs.target`` does not ask about settled ones."""
+    """Each row costs: ``mohs.target`` does not ask about settled ones, unless another module is wrapped around this one."""
 
     def __init__(self, function: Callable[[np.ndarray], Any], *, name: str = "") -> None:
         super().__init__()
@@ -109,4 +110,6 @@ def _from_labels(answer: Any, rows: int, classes: int) -> np.ndarray:
             f"the black box answered labels {labels.min()} to {labels.max()}; "
             f"{classes} classes allow 0 to {classes - 1}."
         )
-    return np.eye(classes, dtype=np.float32)[labels]
+    logits = np.zeros((rows, classes), dtype=np.float32)
+    logits[np.arange(rows), labels] = 1
+    return logits
