@@ -62,8 +62,8 @@ def save(job: Job) -> tuple[dict[str, Tensor], str]:
             "quiet": [job.wave.quiet.seed, job.wave.quiet.calls],
             "batches": _pack(batches, "wave", tensors),
         }
-    # copies: rows that are padding's or another field's views share memory
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, json.dumps(head)
+    # copies, of which no two share memory
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}, json.dumps(head)
 
 
 def restore(job: Job, tensors: Mapping[str, Tensor], text: str) -> None:
@@ -74,18 +74,24 @@ def restore(job: Job, tensors: Mapping[str, Tensor], text: str) -> None:
     """
     try:
         head = json.loads(text)
-        here = {name: value.to(job.x.device) for name, value in tensors.items()}
+        # copies: matrix products of memory that begins elsewhere than torch's own does are rounded otherwise
+        here = {name: value.to(job.x.device, copy=True) for name, value in tensors.items()}
         progress = _unpack(head["progress"], here)
         for name in PROGRESS:
             _fits(name, progress[name], getattr(job, name), any_length=name == "waiting")
+        _within("waiting examples", progress["waiting"][0], len(job.x))
+        _within("waiting rows", progress["waiting"][1], job.rows)
+        for name in ("answer", "owner"):
+            _within(name, progress[name], job.rows + 1)
         kept, points = _unpack(head["kept"], here)
         best = job.best.clone()
         best[kept] = points.to(best)
+        _within("kept", kept, len(job.x))
         spent, ranking = int(head["spent"]), _unpack(head["ranking"], here)
         if head["ranked"]:
             job.ranked = torch.cat(ranking)  # the rows of the wave have their aims from here
         wave = None if head["wave"] is None else _wave(job, head["wave"], here)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         job.ranked = None
         raise ValueError(f"what was saved does not fit the job ({error})") from error
     for name in PROGRESS:
@@ -97,16 +103,38 @@ def _wave(job: Job, head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> W
     quiet = QuietGenerators.again(*(int(v) for v in head["quiet"]))
     batches = []
     for example, number, found, warm, state in _unpack(head["batches"], tensors):
-        if len(example) != job.batch or not (0 <= int(example.min()) <= int(example.max()) < len(job.x)):
-            raise ValueError("its batches name other examples")
-        if not (0 <= int(number.min()) <= int(number.max()) < job.rows):
-            raise ValueError("its batches name other rows")
+        if len(example) != job.batch or len(number) != job.batch:
+            raise ValueError("its batches have another size")
+        _within("examples", example, len(job.x))
+        _within("rows", number, job.rows)
         problem = job.problem(example, number)
         for field in fields(found):
             _fits(field.name, getattr(found, field.name), getattr(problem.found, field.name))
+        _fits("warm", warm, problem.warm)
+        if state is not None:
+            _fits("x", state.x, problem.x0)
+            _counts(state, job.batch)
         problem.found, problem.warm = found, warm
         batches.append((problem, state))
-    return Wave(batches, quiet, int(head["k"]), int(head["at"]))
+    k, at = int(head["k"]), int(head["at"])
+    if not (0 <= k <= job.attack.steps + 1 and 0 <= at <= len(batches)):
+        raise ValueError(f"it stands at step {k}, batch {at}")
+    return Wave(batches, quiet, k, at)
+
+
+def _within(name: str, index: Tensor, below: int) -> None:
+    if index.dtype != torch.int64 or (len(index) and not (0 <= int(index.min()) <= int(index.max()) < below)):
+        raise ValueError(f"{name} are not all in 0 to {below - 1}")
+
+
+def _counts(rows: Rows, batch: int) -> None:
+    """Refuse rows of which a field has another number of entries."""
+    for field in fields(rows):
+        value = getattr(rows, field.name)
+        if isinstance(value, Rows):
+            _counts(value, batch)
+        elif isinstance(value, Tensor) and value.shape[:1] != (batch,):
+            raise ValueError(f"{field.name} has shape {tuple(value.shape)}, not {batch} rows")
 
 
 def _fits(name: str, value: Any, wanted: Any, any_length: bool = False) -> None:
@@ -127,9 +155,9 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Rows):
         inner = {f.name: getattr(value, f.name) for f in fields(value)}
         return {"rows": _named(type(value)), "fields": _pack(inner, name, tensors)["items"]}
-    if isinstance(value, dict):
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {"items": {key: _pack(v, f"{name}.{key}", tensors) for key, v in value.items()}}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return {"list": [_pack(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}

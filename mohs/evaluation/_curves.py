@@ -45,6 +45,7 @@ def loss_curves(evaluation: _Evaluation) -> None:
         for i, example in enumerate(chosen.tolist()):
             for restart in range(restarts):
                 evaluation.run.ledger.put_trace(index, example, restart, values[i, restart].cpu().numpy())
+    evaluation.bookmark.drop()
 
 
 def radius_curve(evaluation: _Evaluation) -> list[records.CurvePoint]:

@@ -16,7 +16,7 @@ from mohs import records
 from mohs.data import Dataset
 from mohs.evaluation.claims import Claim
 from mohs.evaluation.plans import Plan, PlanStep
-from mohs.models import Served
+from mohs.models import BlackBox, Served
 from mohs.threat import Threat
 
 Steps = Sequence[tuple[PlanStep, Any]]
@@ -36,6 +36,17 @@ SERVED = (
     "change without a trace here. A replay asks whatever answers at that address then."
 )
 """What the record of a served model cannot say."""
+BLACK_BOX = (
+    "The model is a function of which only the answers are known, and it was asked about undecided rows only: where its "
+    "arithmetic depends on what else is in a batch, bit-identity is not promised. The name stands for its weights."
+)
+"""What the record of another black box cannot say."""
+
+
+def _limits(model: nn.Module) -> list[str]:
+    kinds = {type(m) for m in model.modules() if isinstance(m, BlackBox)}
+    served = any(issubclass(kind, Served) for kind in kinds)
+    return [SERVED] * served + [BLACK_BOX] * (bool(kinds) and not served)
 
 
 def known(place: Path, header: records.Header, model: nn.Module) -> bool:
@@ -100,7 +111,7 @@ def of_run(
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, mohs=mohs.__version__,
             platform=platform.platform(), threads=torch.get_num_threads(), device=str(device),
         ),
-        limits=[SERVED] if any(isinstance(m, Served) for m in model.modules()) else [],
+        limits=_limits(model),
     )  # fmt: skip
 
 

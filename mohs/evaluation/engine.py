@@ -218,7 +218,9 @@ class _Evaluation:
             for certificate in self.certificates:
                 self._certify(certificate)
             loss_curves(self)
-            run.update(curve=radius_curve(self))
+            if not run.header.curve:
+                run.update(curve=radius_curve(self))
+                self.bookmark.drop()
             run.ledger.drop_nearest()
             findings = findings + self._changed()
         record = run.record()
@@ -255,6 +257,8 @@ class _Evaluation:
     def _clean(self) -> None:
         """Clean answers of all examples, and the control subset: the examples of smallest keyed hash."""
         ids = self.data.ids
+        if len(self.run.ledger.examples()) == len(ids):  # of an earlier sitting, in one transaction
+            return
         rank = sorted(range(len(ids)), key=lambda i: (streams.text_key(f"{self.seed} control {ids[i]}"), i))
         control = set(rank[: self.control])
         label, margin, confidence = self._answers(self.x, self.y)
@@ -285,26 +289,28 @@ class _Evaluation:
                     start = self._start(step, todo, alive, later)
                     return self.job(attack, todo, **self._settings(step), start=start, batch=batch)
 
-                self._run(index, f"{name}, portion {number + 1}", name, todo, make, alive)
+                self._run(index, f"{name}, portion {number + 1}", name, todo, portion, make, alive)
             found = self.run.ledger.results(index)
             if np.isin(far, found.example[found.success]).sum() < WORTH * max(len(far), 1):
                 break
 
     def _run(
-        self, index: int, stage: str, name: str, todo: Tensor, make: Callable[[Tensor], Job], alive: np.ndarray
-    ) -> None:
+        self, index: int, stage: str, name: str, todo: Tensor, portion: np.ndarray, make: Callable[[Tensor], Job],
+        alive: np.ndarray,
+    ) -> None:  # fmt: skip
         """Run a job and write down each example as soon as its answer is final."""
-        began, done, total = time.perf_counter(), 0, len(todo)
+        began, done, broken, total = time.perf_counter(), 0, 0, len(todo)
         answered = torch.from_numpy(self.run.ledger.answered(index)).to(todo)
         # a job that a killed sitting left also holds examples that were written down after its bookmark
-        job, todo = self.bookmark.begin(stage, todo, make)
+        job, todo = self.bookmark.begin(stage, todo, make, torch.from_numpy(portion).to(todo))
         for final in self.bookmark.through(job, stage, todo):
             final = final[~torch.isin(todo[final], answered)]
             self._write(index, todo[final], job.outcome(final), alive)
             now = time.perf_counter()
             self.run.ledger.add_seconds(index, now - began)
-            began, done = now, done + len(final)
-            self.notify(name, done, total, int((job.success & job.emitted).sum()))
+            began, done, broken = now, done + len(final), broken + int(job.success[final].sum())
+            self.notify(name, done, total, broken)
+        self.bookmark.drop()
 
     def _start(self, step: PlanStep, todo: Tensor, alive: np.ndarray, later: bool) -> Tensor | None:
         """Where the step begins: at what earlier ones found; an example they broke or never tried begins at its input.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -31,7 +32,15 @@ def job(name: str, threat: str, **settings: Any) -> Job:
 
 
 def through_a_file(saved: tuple[dict[str, Tensor], str]) -> tuple[dict[str, Tensor], str]:
-    return load(save(saved[0])), saved[1]
+    """As another process reads it: memory that begins at any byte."""
+    tensors = load(save(saved[0]))
+    return {name: unaligned(value) for name, value in tensors.items()}, saved[1]
+
+
+def unaligned(value: Tensor) -> Tensor:
+    room = torch.zeros(value.numel() + 1, dtype=value.dtype)
+    room[1:] = value.flatten()
+    return room[1:].view(value.shape)
 
 
 def assert_ends_alike(whole: Job, other: Job, open_then: Tensor) -> None:
@@ -99,6 +108,17 @@ def test_with_a_random_model() -> None:
     check(lambda: Job(make("PGD"), net, x, y, threat, restarts=2, batch=BATCH))
 
 
+def test_what_is_restored_lies_in_memory_of_its_own() -> None:
+    """Matrix products of memory that begins elsewhere than torch's own does are rounded otherwise."""
+    tensors, text = through_a_file(waves.save(paused()))
+    fresh = job("PGD", "linf:0.1")
+    waves.restore(fresh, tensors, text)
+    assert fresh.wave is not None
+    for problem, state in fresh.wave.batches:
+        for value in (problem.found.x, problem.found.score, *([] if state is None else [state.x])):
+            assert value.data_ptr() % 64 == 0
+
+
 # ---- what does not fit is refused, and the job stays as it was ---------------------------------------------------------
 
 
@@ -129,6 +149,13 @@ def _first(text: str, *path: Any) -> str:
 BATCHES = ("wave", "batches", "list", 0, "list")
 STRAY: list[tuple[str, Any]] = [
     ("not json", lambda t, s: (t, "{")),
+    ("waiting examples that are not there", lambda t, s: (t | {"job.waiting": t["job.waiting"] + 99}, s)),
+    ("an answer that is no row", lambda t, s: (t | {"job.answer": t["job.answer"] - 9}, s)),
+    ("a step beyond the last", lambda t, s: (t, _edit(s, "wave", "k", to=99))),
+    ("a step without end", lambda t, s: (t, _edit(s, "wave", "k", to=math.inf))),
+    ("a batch beyond the last", lambda t, s: (t, _edit(s, "wave", "at", to=-1))),
+    ("a point of another width", lambda t, s: (t | {_first(s, *BATCHES, 4, "fields", "x"): torch.zeros(4, 5)}, s)),
+    ("a warm start from nowhere", lambda t, s: (t, _edit(s, *BATCHES, 3, to={"tensor": "job.margin"}))),
     ("no wave's batches", lambda t, s: (t, _edit(s, "wave", "batches", to={"value": 3}))),
     ("a class that is no Rows", lambda t, s: (t, _edit(s, *BATCHES, 4, "rows", to="os.system"))),
     ("a class that is not there", lambda t, s: (t, _edit(s, *BATCHES, 4, "rows", to="builtins.Exception"))),

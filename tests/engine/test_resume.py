@@ -6,8 +6,6 @@ As a program, ``python tests/engine/test_resume.py 20`` kills twenty times and p
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 import os
 import random
 import shutil
@@ -18,41 +16,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from engine_problem import THREAT, conv, header_facts, images, relay_plan, rows_of
+from engine_problem import THREAT, conv, images, relay_plan
+from film import assert_same, evaluate
 
 import mohs
 from mohs import records
 from mohs.certificates import IBP
 from mohs.errors import RecordError
 from mohs.evaluation import _bookmark
-from mohs.evaluation._bookmark import Bookmark
-from mohs.records import _files
 from mohs.records.ledger import Ledger
-from mohs.target import Target
 
 ROOT = Path(__file__).parents[2]
-
-
-def evaluate(out: Path, n: int = 48, seed: int = 0) -> records.Record:
-    """The run that is interrupted: every kind of attack and row, and a certificate."""
-    return mohs.evaluate(
-        conv(), images().take(n), THREAT, plan=relay_plan(), claim="accuracy >= 0.5", certificates=[IBP()], out=out,
-        batch=16, seed=seed,
-    )  # fmt: skip
-
-
-def assert_same(out: Path, reference: Path) -> None:
-    """Digest, header and every row equal, bit for bit."""
-    found, wanted = records.Record.load(out), records.Record.load(reference)
-    found.verify()
-    assert header_facts(out) == header_facts(reference)
-    assert rows_of(found) == rows_of(wanted)
-    assert found.digest() == wanted.digest() == found.header.ledger_digest
-    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in reference.iterdir())
 
 
 # ---- killed from outside ---------------------------------------------------------------------------------
@@ -160,58 +137,21 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 # ---- every moment, from inside ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def filmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
-    """A whole run, and a copy of its directory as a kill would have left it after each write, and inside header writes."""
-    folder = tmp_path_factory.mktemp("film")
-    out, frames = folder / "reference", []
-
-    def shoot() -> None:
-        frame = folder / f"frame-{len(frames)}"
-        shutil.copytree(out, frame)
-        frames.append(frame)
-
-    write, replace, keep = Ledger._write, os.replace, Bookmark._keep
-    pauses = itertools.count()
-
-    def sparing_keep(self: Bookmark, *given: Any) -> None:
-        if next(pauses) % 5 == 0:
-            keep(self, *given)
-
-    @contextlib.contextmanager
-    def filmed_write(self: Ledger) -> Iterator[None]:
-        with write(self):
-            yield
-        shoot()
-
-    def filmed_replace(source: str, target: str) -> None:
-        shoot()  # the new header lies beside the old one
-        replace(source, target)
-        shoot()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ledger, "_write", filmed_write)
-        patch.setattr(_files.os, "replace", filmed_replace)
-        patch.setattr(_bookmark, "EVERY", 0.0)
-        patch.setattr(_bookmark, "SHARE", math.inf)
-        patch.setattr(Bookmark, "_keep", sparing_keep)
-        evaluate(out, n=24)
-    return out, frames
-
-
 def test_every_kind_of_moment_was_filmed(filmed: tuple[Path, list[Path]]) -> None:
     _, frames = filmed
     states = set()
     for frame in frames:
         if not (frame / "record.json").exists():
             states.add("no header")
-        elif any(p.name.endswith(".tmp") for p in frame.iterdir()):
+        elif list(frame.glob(".record.json.*.tmp")):
             states.add("half a header")
+        elif list(frame.glob(".bookmark.safetensors.*.tmp")):
+            states.add("half a bookmark")
         elif (frame / "bookmark.safetensors").exists():
             states.add("bookmark")
         elif (frame / "ledger.sqlite-wal").exists():
             states.add("journal")
-    assert states == {"no header", "half a header", "journal", "bookmark"}
+    assert states == {"no header", "half a header", "journal", "bookmark", "half a bookmark"}
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -261,65 +201,6 @@ def test_resumed_run_attacks_only_what_is_missing(filmed: tuple[Path, list[Path]
     )  # fmt: skip
     assert ("1/5 FGSM CE", 0) in told
     assert ("2/5 DeepFool-10", len(done.results(1))) in told
-
-
-def test_bookmarks_are_taken_up(filmed: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    """A sitting that begins at a bookmark makes the looks that are left and no others."""
-    reference, frames = filmed
-    marked = [f for f in frames if (f / "bookmark.safetensors").exists() and not list(f.glob(".*.tmp"))]
-    assert len(marked) >= 10
-    made, nominate = {}, Target._nominate
-    for index in range(0, len(marked), max(1, len(marked) // 6)):
-        for kept in (True, False):
-            out = tmp_path / f"{index}-{kept}"
-            shutil.copytree(marked[index], out)
-            if not kept:
-                (out / "bookmark.safetensors").unlink()
-            passes: list[int] = []
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Target, "_nominate", lambda *a, seen=passes, **k: seen.append(1) or nominate(*a, **k))
-                evaluate(out, n=24)
-            made[index, kept] = len(passes)
-            assert_same(out, reference)
-    with_mark = [made[i, True] for i, kept in made if kept]
-    without = [made[i, False] for i, kept in made if kept]
-    assert all(a <= b for a, b in zip(with_mark, without, strict=True))
-    assert sum(with_mark) < 0.9 * sum(without)
-    assert with_mark == sorted(with_mark, reverse=True)  # the later the mark, the less is left
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\x00" * 200, b"{}", b"<html>no</html>"], ids=["empty", "zeros", "json", "html"]
-)
-def test_a_spoilt_bookmark_costs_time_only(filmed: tuple[Path, list[Path]], content: bytes, tmp_path: Path) -> None:
-    reference, frames = filmed
-    marked = next(f for f in frames if (f / "bookmark.safetensors").exists() and not list(f.glob(".*.tmp")))
-    out = tmp_path / "run"
-    shutil.copytree(marked, out)
-    whole = (out / "bookmark.safetensors").read_bytes()
-    (out / "bookmark.safetensors").write_bytes(content or whole[: len(whole) // 2])
-    evaluate(out, n=24)
-    assert_same(out, reference)
-
-
-def test_a_bookmark_of_another_run_is_passed_over(filmed: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    reference, frames = filmed
-    marked = [f for f in frames if (f / "bookmark.safetensors").exists() and not list(f.glob(".*.tmp"))]
-    bare = next(f for f in frames if (f / "record.json").exists() and not (f / "bookmark.safetensors").exists())
-    for at, source in enumerate((marked[0], marked[-1])):  # of another stage
-        out = tmp_path / f"run-{at}"
-        shutil.copytree(bare, out)
-        shutil.copy(source / "bookmark.safetensors", out)
-        evaluate(out, n=24)
-        assert_same(out, reference)
-    text = (marked[0] / "bookmark.safetensors").read_bytes()
-    identity = records.load_header(reference).identity.encode()
-    assert text.count(identity) == 1
-    out = tmp_path / "foreign"
-    shutil.copytree(marked[0], out)
-    (out / "bookmark.safetensors").write_bytes(text.replace(identity, b"0" * len(identity)))
-    evaluate(out, n=24)
-    assert_same(out, reference)
 
 
 def _answers(directory: Path) -> int:
