@@ -58,12 +58,13 @@ def test_a_spoilt_bookmark_costs_time_only(filmed: tuple[Path, list[Path]], cont
 
 
 @pytest.mark.parametrize("at", [0.3, 0.6, 0.9])
-def test_a_flipped_bit_costs_time_only(filmed: tuple[Path, list[Path]], at: float, tmp_path: Path) -> None:
+def test_flipped_bits_cost_time_only(filmed: tuple[Path, list[Path]], at: float, tmp_path: Path) -> None:
     reference, frames = filmed
     out = tmp_path / "run"
     shutil.copytree(marks(frames)[3][0], out)
     whole = bytearray((out / "bookmark.safetensors").read_bytes())
-    whole[int(at * len(whole))] ^= 64
+    for i in range(int(at * len(whole)), len(whole), 501):
+        whole[i] ^= 64
     (out / "bookmark.safetensors").write_bytes(whole)
     evaluate(out, n=24)
     assert_same(out, reference)
