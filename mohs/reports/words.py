@@ -166,7 +166,7 @@ def limits(record: Record) -> list[str]:
 
 def black_box(header: Header) -> bool:
     """Was the model one of which only the answers are known, so that the hash of its weights is that of its name?"""
-    return any(f"{kind}(" in header.subject.arch for kind in ("BlackBox", "Served"))
+    return re.search(r"\b(BlackBox|Served)\(", header.subject.arch) is not None
 
 
 def _split(sentence: str) -> tuple[str, str, str]:
