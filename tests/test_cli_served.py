@@ -12,6 +12,7 @@ from prediction_server import SECRET, Serve, answering, net, serve
 
 import mohs
 from mohs import cli, models
+from mohs.cli import served
 from mohs.errors import ModelError, MohsError
 from mohs.models import Served, _transport
 from mohs.records import Record
@@ -104,7 +105,12 @@ def test_a_run_goes_on_after_the_server_was_away(shop: Shop, serve: Serve) -> No
     assert shop.do(*command)[0] == 0
     resumed = Record.load(shop.out)
     assert shop.do(*whole)[0] == 0
-    assert resumed.survived.tolist() == Record.load(shop.folder / "whole").survived.tolist()
+    whole_record = Record.load(shop.folder / "whole")
+    assert resumed.attacks == whole_record.attacks == [0]
+    for attack in resumed.attacks:
+        rows, others = (np.array([*r.results(attack).as_rows()]) for r in (resumed, whole_record))
+        np.testing.assert_array_equal(rows, others)  # to which nan is nan
+    assert resumed.digest() == whole_record.digest()
 
 
 def test_labels_from_the_command_line(shop: Shop, serve: Serve) -> None:
@@ -117,8 +123,25 @@ def test_labels_from_the_command_line(shop: Shop, serve: Serve) -> None:
     assert "warn" not in out
 
 
+def test_recorded_options_are_defaults_of_their_own() -> None:
+    url = "http://h/v1/models/net:predict"
+    labels = served.spec(url, "labels", 10)
+    assert served.recorded(labels, None, None) == (url, "labels", 10)
+    assert served.recorded(labels, None, 12) == (url, "labels", 12)
+    assert served.recorded(labels, "labels", None) == (url, "labels", 10)
+    assert served.recorded(labels, "logits", None) == (url, "logits", None)
+    assert served.recorded(served.spec(url, "logits", None), None, None) == (url, "logits", None)
+    assert served.recorded(url, None, None) == (url, None, None)
+
+
+@pytest.mark.parametrize("classes", ["\u00b2", "\u0663", "-1", "1.5", "", "9" * 5000])
+def test_classes_of_a_stranger_that_are_no_number(classes: str) -> None:
+    assert served.parse(f"http://h/v1/models/net:predict --answers labels --classes {classes}")[2] is None
+
+
 def test_what_the_command_line_refuses(shop: Shop, serve: Serve) -> None:
     server = serve(answering(net(784, 10)))
+    shop.plan.write_text(PLAN)
     bare = shop.how()
     assert in_order(shop.refused("run", server.v1, DATA, *bare), "no gradients", "--access score", "logit", "label")
     score = [*bare, "--access", "score"]
@@ -131,6 +154,42 @@ def test_what_the_command_line_refuses(shop: Shop, serve: Serve) -> None:
     )
     assert not server.asked
     assert in_order(shop.refused("run", server.v1, DATA, *score, "--n", "8"), "no probabilities", "--answers")
+
+
+@pytest.mark.parametrize(
+    ("plan", "access", "threat", "why"),
+    [
+        ("standard", "label", "linf:0.1", "needs access"),
+        ("short.toml", "label", "linf:0.1", "Square needs access SCORE; the threat grants LABEL"),
+        ("quick", "logit", "linf:0.1", "needs access GRADIENT"),
+        ("standard", "score", "l0:3", "needs access GRADIENT"),
+        ("standard", "score", "l1.5:3", "needs access GRADIENT"),
+        ("linf.toml", "score", "l2:3", "meant for other regions"),
+    ],
+)
+def test_a_run_that_would_try_nothing_is_refused(
+    shop: Shop, serve: Serve, plan: str, access: str, threat: str, why: str
+) -> None:
+    shop.plan.write_text(PLAN)
+    (shop.folder / "linf.toml").write_text(f'{PLAN}only = ["linf"]\n')
+    server = serve(answering(net(784, 10)))
+    said = shop.refused("run", server.v1, DATA, *shop.how(plan=plan, access=access, threat=threat))
+    assert in_order(said, "No attack of the plan", why, "Square", "--access score", "mohs check")
+    assert not server.asked
+
+
+def test_a_certificate_of_a_served_model_is_refused(shop: Shop, serve: Serve) -> None:
+    server = serve(answering(net(784, 10)))
+    shop.plan.write_text(PLAN)
+    known = server.v1.replace("//", "//me:hush@")
+    for url in (server.v1, known, "http://host/anything"):
+        said = shop.refused("certify", url, "npz:nowhere.npz", "--threat", "linf:0.1")
+        assert in_order(said, "reads the layers", "package.module:factory")
+        assert "hush" not in said
+    said = shop.refused("run", server.v1, DATA, *shop.how(access="score"), "--certify", "ibp")
+    assert "reads the layers" in said
+    assert not server.asked
+    assert "URL" not in shop.do("certify", "--help")[1]
 
 
 def test_a_served_model_is_listed_and_helped(shop: Shop) -> None:

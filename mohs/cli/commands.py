@@ -38,6 +38,7 @@ _how = Group("How", sort_key=1)
 Model = Annotated[
     str, Parameter(group=_what, help="bundled:NAME, package.module:factory, FILE.pt2, FILE.onnx or a URL")
 ]
+Layers = Annotated[str, Parameter(group=_what, help="bundled:NAME, package.module:factory, FILE.pt2 or FILE.onnx")]
 Data = Annotated[str, Parameter(group=_what, help="bundled:NAME, idx:DIR, cifar10:DIR, npz:FILE or folder:DIR")]
 ThreatText = Annotated[
     str, Parameter(group=_what, help="such as linf:8/255, l2:0.5, l1:10, l0:20, or 'linf:8 in [0, 255]'")
@@ -54,7 +55,9 @@ Batch = Annotated[
 ]
 AccessName = Annotated[
     Literal["label", "score", "logit", "gradient"],
-    Parameter(name=["--access"], group=_what, help="what one look at the model shows the adversary"),
+    Parameter(
+        name=["--access"], group=_what, help="what one look shows the adversary (no attack works with label yet)"
+    ),
 ]
 AnswersName = Literal["probabilities", "logits", "labels"] | None
 Answers = Annotated[
@@ -170,8 +173,9 @@ def run(
 ) -> int:  # fmt: skip
     """Attack a model, record the evidence, and give a verdict on a claim.
 
-    Issue the same command again to go on with an interrupted run. A model behind a URL needs --access score, logit or
-    label; the environment variable MOHS_HTTP_AUTHORIZATION is sent to it as the header Authorization.
+    Issue the same command again to go on with an interrupted run. A model behind a URL needs --access score or logit, and
+    an attack that takes no gradients; the environment variable MOHS_HTTP_AUTHORIZATION is sent to it as the header
+    Authorization.
 
     Parameters
     ----------
@@ -187,6 +191,9 @@ def run(
     stated = Claim.parse(claim) if claim is not None else None
     proofs = [_certificate(name) for name in certify or []]
     served.refuse(model, access, answers)
+    served.refuse_idle(model, chosen, parsed)
+    if proofs:
+        served.refuse_proof(model)
     net, dataset = _load(model, data, weights, split, n, answers, classes)
     try:
         with screen.Progress() as progress:
@@ -207,7 +214,7 @@ def run(
 
 @app.command
 def certify(
-    model: Model, data: Data, /, *, threat: ThreatText,
+    model: Layers, data: Data, /, *, threat: ThreatText,
     method: Annotated[str, Parameter(group=_how, help="ibp or crown")] = "crown",
     weights: Weights = None, n: Count = None, split: Split = "test",
 ) -> int:  # fmt: skip
@@ -217,6 +224,7 @@ def certify(
     from mohs.threat import Threat
 
     parsed, certificate = Threat.parse(threat), _certificate(method)
+    served.refuse_proof(model)
     if parsed.minimum:
         raise ThreatError(
             f"A proof needs a finite radius; got {parsed}: under unbounded changes no answer is safe. Give one, such as "
@@ -281,8 +289,7 @@ def replay(
     record = records.Record.load(directory)
     spec = model or record.header.subject.spec
     if model is None and models.is_url(spec):
-        spec, said, known = served.parse(spec)
-        answers, classes = (said, known) if answers is None and classes is None else (answers, classes)
+        spec, answers, classes = served.recorded(spec, answers, classes)
     elif model is None and " --weights " in spec:
         spec, _, recorded = spec.partition(" --weights ")
         weights = weights or Path(recorded)

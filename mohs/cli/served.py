@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mohs.errors import AccessError, ModelError
+from mohs.errors import AccessError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from mohs.evaluation import Plan
     from mohs.models.served import Answers
+    from mohs.threat import Threat
+
+_COUNT = re.compile("[0-9]{1,9}")
 
 
 def refuse(model: str, access: str, answers: str | None) -> None:
@@ -23,11 +28,36 @@ def refuse(model: str, access: str, answers: str | None) -> None:
     if access == "gradient":
         raise AccessError(
             "A served model gives no gradients, and --access gradient is the default. Say what its answers show: --access score "
-            "for probabilities, logit for logits, label for the class alone."
+            "for probabilities, logit for logits, and for mohs check label for the class alone, with which no attack works yet."
         )
     if answers == "labels" and access != "label":
         raise AccessError(
-            f"A server that answers labels shows no more than these; got --access {access}, allowed is label."
+            f"A server that answers labels shows no more than these; got --access {access}, allowed is label, with which "
+            "mohs check works, and no attack yet."
+        )
+
+
+def refuse_idle(model: str, plan: Plan, threat: Threat) -> None:
+    """Refuse a run that would pay a server for checks and clean answers and then try nothing."""
+    from mohs.models import is_url
+
+    if is_url(model) and all(step.build_for(threat) is None for step in plan.steps):
+        why = "; ".join(plan.skipped(threat)[:2]) or "all are meant for other regions"
+        raise UsageError(
+            f"No attack of the plan {plan.name!r} can be tried under {threat} with what the server shows ({why}). Without "
+            "gradients there is Square, from --access score on, in Linf, L2 and L1; mohs check needs no attack."
+        )
+
+
+def refuse_proof(model: str) -> None:
+    """Refuse a certificate of a model whose layers nobody sees."""
+    from mohs.models import is_url
+    from mohs.models._transport import plain_url
+
+    if is_url(model):
+        raise AccessError(
+            f"A certificate reads the layers of a model, and a server shows its answers alone; got {plain_url(model)!r}. Give "
+            "the model itself: bundled:NAME, package.module:factory, FILE.pt2 or FILE.onnx."
         )
 
 
@@ -71,4 +101,11 @@ def parse(recorded: str) -> tuple[str, Answers | None, int | None]:
     found = dict(zip(options[::2], options[1::2]))
     classes = found.get("--classes", "")
     said: Answers | None = found.get("--answers")  # type: ignore[assignment]  # looked at when it is used
-    return url, said, int(classes) if classes.isdigit() else None
+    return url, said, int(classes) if _COUNT.fullmatch(classes) else None
+
+
+def recorded(spec: str, answers: Answers | None, classes: int | None) -> tuple[str, Answers | None, int | None]:
+    """URL, answers and classes of a recorded model, where the options of the command do not say otherwise."""
+    url, said, known = parse(spec)
+    said = answers or said
+    return url, said, known if classes is None and said == "labels" else classes
