@@ -161,10 +161,10 @@ class Planned:
         self.given: list[list[int]] = []
         run, write = engine._Evaluation._run, engine._Evaluation._write
 
-        def told(evaluation: Any, index: int, stage: str, name: str, todo: Tensor, make: Any, alive: Any) -> None:
+        def told(evaluation: Any, index: int, stage: str, name: str, todo: Tensor, *given: Any) -> None:
             if index == 1:
                 self.given.append(todo.tolist())
-            run(evaluation, index, stage, name, todo, make, alive)
+            run(evaluation, index, stage, name, todo, *given)
 
         def written(evaluation: Any, index: int, ids: Tensor, found: Any, alive: Any) -> None:
             if index == 1:
