@@ -25,6 +25,11 @@ def problem(x0: torch.Tensor, threat: str, seed: int = 0) -> Problem:
     return Problem(target, parsed, x0, eps, goal, key, index, 0 * index, 0 * index, Findings.none(x0))
 
 
+def numbers(p: Problem, count: int, draw: int = 0) -> torch.Tensor:
+    """Random numbers of one proposal: ``count`` and one for each channel."""
+    return streams.uniform(p.key, (count + square.image(p.x0).shape[1],), draw=2 + draw)
+
+
 SHAPES = [(40,), (9, 7), (3, 10, 10), (1, 28, 28), (2, 3, 5, 5)]
 
 
@@ -39,8 +44,8 @@ def test_proposals_lie_in_region_and_box_and_near_the_border(shape: tuple[int, .
         assert bool((best >= 0).all())
         assert bool((best <= 1).all())
         assert bool((region.measure(best, p.x0) > 0.9 * p.eps).all())
-        propose = square.square if threat.startswith("linf") else square.move
-        new = propose(p, best, 0.8 / 2 ** (k // 3), k)
+        propose, count = (square.square, 2) if threat.startswith("linf") else (square.move, 5)
+        new = propose(p, best, 0.8 / 2 ** (k // 3), numbers(p, count, k))
         idle = 1 - (new != best).flatten(1).any(1).float().mean()
         assert float(idle) <= (0.5 if threat.startswith("l2") else 0), "queries for nothing"
         best = new
@@ -66,11 +71,11 @@ def test_squares_reach_every_row_and_column() -> None:
 def test_a_square_changes_nothing_outside_and_takes_the_border_inside() -> None:
     p = problem(0.3 + 0.4 * inputs(64, 3, 12, 12), "linf:0.1")
     best = Square().init(p).x
-    changed = square.square(p, best, 0.25, 0) != best
+    changed = square.square(p, best, 0.25, numbers(p, 2)) != best
     rows, columns = changed.any(1).any(2), changed.any(1).any(1)
     assert bool((rows.sum(1) <= 6).all())
     assert bool((columns.sum(1) <= 6).all())
-    new = square.square(p, best, 0.25, 0)
+    new = square.square(p, best, 0.25, numbers(p, 2))
     torch.testing.assert_close((new - p.x0).abs(), torch.full_like(new, 0.1))
     assert bool((changed.flatten(1).sum(1) > 10).all())
 
@@ -78,7 +83,7 @@ def test_a_square_changes_nothing_outside_and_takes_the_border_inside() -> None:
 def test_rows_draw_their_own_squares_and_signs() -> None:
     p = problem(torch.full((32, 1, 12, 12), 0.5), "linf:0.1")
     best = p.x0.clone()
-    places = (square.square(p, best, 0.1, 0) != best).flatten(1)
+    places = (square.square(p, best, 0.1, numbers(p, 2)) != best).flatten(1)
     assert len(places.unique(dim=0)) > 16
 
 
@@ -131,8 +136,9 @@ def test_units_do_not_matter(threat: str) -> None:
     small, large = problem(x, f"{threat}:0.5"), problem(x * unit, f"{threat}:{0.5 * unit} in [0, {unit}]")
     a, b = Square().init(small).x, Square().init(large).x
     torch.testing.assert_close(a * unit, b, rtol=1e-5, atol=1e-3)
-    propose = square.square if threat == "linf" else square.move
-    torch.testing.assert_close(propose(small, a, 0.1, 0) * unit, propose(large, b, 0.1, 0), rtol=1e-4, atol=1e-3)
+    propose, count = (square.square, 2) if threat == "linf" else (square.move, 5)
+    new, newer = propose(small, a, 0.1, numbers(small, count)), propose(large, b, 0.1, numbers(small, count))
+    torch.testing.assert_close(new * unit, newer, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0])
@@ -169,15 +175,23 @@ def test_the_schedule_is_the_papers_over_ten_thousand_steps(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("threat", ["linf:0.1", "l2:0.3", "l1:0.5"])
-def test_every_step_draws_anew_and_every_channel_its_own_sign(threat: str) -> None:
+def test_every_channel_has_its_own_sign(threat: str) -> None:
     p = problem(0.3 + 0.4 * inputs(32, 3, 12, 12), threat)
-    propose = square.square if threat.startswith("linf") else square.move
+    propose, count = (square.square, 2) if threat.startswith("linf") else (square.move, 5)
     best = Square().init(p).x
-    a, b = (propose(p, best, 0.1, k) for k in (0, 1))
-    assert bool((a != b).flatten(1).any(1).all())
+    a = propose(p, best, 0.1, numbers(p, count))
     rise = ((a - p.x0) * (a != best)).flatten(2).sum(2).sign()
     mixed = (rise.amax(1) > 0) & (rise.amin(1) < 0)
     assert float(mixed.float().mean()) > 0.4  # three signs are equal a quarter of the time
+
+
+def test_every_step_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, seen, propose = conv_net(), inputs(8, 1, 12, 12), [], square.square
+    monkeypatch.setattr(square, "square", lambda p, best, area, u: seen.append(u.clone()) or propose(p, best, area, u))
+    mohs.attack(Square(steps=70), net, x, net(x).argmax(1), "linf:0.001", batch=8)  # two blocks and a part of one
+    drawn = torch.stack(seen)
+    assert drawn.shape == (70, 8, 3)
+    assert len(drawn.flatten().unique()) == drawn.numel()
 
 
 def test_stripes_are_columns_of_their_own() -> None:
@@ -203,7 +217,7 @@ def test_moves_spend_what_two_windows_hold_and_what_was_free() -> None:
     p = problem(torch.full((64, 1, 12, 12), 0.5), "l2:0.3")
     best = Square().init(p).x
     p.eps = torch.full_like(p.eps, 0.3)
-    new = square.move(p, best, 0.05, 0)
+    new = square.move(p, best, 0.05, numbers(p, 5))
     moved = (new != best).flatten(1)
     emptied = moved & ((new - p.x0).flatten(1) == 0)
     assert bool(moved.any(1).all())

@@ -28,12 +28,18 @@ ROUNDS = 3
 """How often a change is scaled to the whole radius and cut by the box: more gain next to nothing."""
 
 
+BLOCK = 32
+"""Steps whose random numbers are drawn together: a draw costs as much for many numbers as for a few."""
+
+
 @dataclass
 class SquareState(State):
-    """``x`` is the proposal to look at, ``best`` [B, ...] what it has to beat, ``value`` [B] the objective there."""
+    """``x`` is the proposal to look at, ``best`` [B, ...] what it has to beat, ``value`` [B] the objective there; ``draws``
+    [B, BLOCK, n]: random numbers of the next steps."""
 
     best: Tensor | None = None
     value: Tensor | None = None
+    draws: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,14 +115,21 @@ class Square:
         better = value > state.value
         best = torch.where(per_row(better, state.x), state.x, state.best)
         area = self.share * 0.5 ** sum(k * 10_000 // self.steps > late for late in HALVINGS)
-        propose = square if isinstance(problem.threat.region, Linf) else move
-        return SquareState(propose(problem, best, area, k), None, best, torch.where(better, value, state.value))
+        propose, numbers = (square, 2) if isinstance(problem.threat.region, Linf) else (move, 5)
+        draws = state.draws
+        if draws is None or k % BLOCK == 0:
+            numbers += image(problem.x0).shape[1]
+            draws = streams.uniform(problem.key, (BLOCK, numbers), draw=2 + k // BLOCK)
+        x = propose(problem, best, area, draws[:, k % BLOCK])
+        return SquareState(x, None, best, torch.where(better, value, state.value), draws)
 
 
-def square(problem: Problem, best: Tensor, area: float, k: int) -> Tensor:
-    """``best``, but at distance eps from the clean input inside one square; every channel has a sign of its own."""
+def square(problem: Problem, best: Tensor, area: float, u: Tensor) -> Tensor:
+    """``best``, but at distance eps from the clean input inside one square; every channel has a sign of its own.
+
+    ``u`` [B, 2 + channels]: random numbers of [0, 1).
+    """
     x = image(best)
-    u = streams.uniform(problem.key, (2 + x.shape[1],), draw=2 + k)
     height, width = sides(area, x)
     place = pixels(anywhere(u[:, :2], height, width, x), height, width, x)
     clean, old = image(problem.x0).flatten(2).gather(2, place), x.flatten(2).gather(2, place)
@@ -127,17 +140,17 @@ def square(problem: Problem, best: Tensor, area: float, k: int) -> Tensor:
     return x.flatten(2).scatter(2, place, new).view_as(best)
 
 
-def move(problem: Problem, best: Tensor, area: float, k: int) -> Tensor:
+def move(problem: Problem, best: Tensor, area: float, u: Tensor) -> Tensor:
     """``best``, but what two windows hold of the change is gathered in the first, reshaped by a bump of random sign.
 
-    The second window, which is emptied, stands around a changed pixel (L1), or does so every other time (L2).
+    The second window, which is emptied, stands around a changed pixel (L1), or does so every other time (L2). ``u`` [B, 5 +
+    channels]: random numbers of [0, 1).
     """
     p, x0, x = _order(problem), image(problem.x0), image(best)
     channels, change = x.shape[1], (x - x0).flatten(2)
     height, width = (
         min(max(side, 3) // 2 * 2 + 1, whole) for side, whole in zip(sides(area, x), x.shape[2:], strict=True)
     )
-    u = streams.uniform(problem.key, (5 + channels,), draw=2 + k)
     first = pixels(anywhere(u[:, :2], height, width, x), height, width, x)
     loaded = around(change, u[:, 2], height, width, x)
     random = anywhere(torch.stack([u[:, 2], (u[:, 3] * p - 1) / max(p - 1, 1)], 1).clamp_min_(0.0), height, width, x)
@@ -227,9 +240,15 @@ def around(change: Tensor, u: Tensor, height: int, width: int, x: Tensor) -> Ten
 
 def pixels(corner: Tensor, height: int, width: int, x: Tensor) -> Tensor:
     """[B, channels, height * width]: where the pixels of a window stand in the flat image."""
-    row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
     first = corner[:, :1] * x.shape[3] + corner[:, 1:]
-    return (first + (row.unsqueeze(1) * x.shape[3] + column).flatten()).unsqueeze(1).expand(-1, x.shape[1], -1)
+    return (first + _window(height, width, x.shape[3], x.device)).unsqueeze(1).expand(-1, x.shape[1], -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _window(height: int, width: int, line: int, device: torch.device) -> Tensor:
+    """Where the pixels of a window stand in an image with lines of that length, from its corner."""
+    row, column = torch.arange(height, device=device), torch.arange(width, device=device)
+    return (row.unsqueeze(1) * line + column).flatten()
 
 
 def signs(u: Tensor, x: Tensor) -> Tensor:
