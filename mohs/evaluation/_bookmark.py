@@ -1,4 +1,4 @@
-"""Where an unfinished job stands, kept beside the ledger, so that a kill costs seconds of work and no wave."""
+"""Where an unfinished job stands, kept beside the ledger, so that a kill costs a second of work and no wave."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mohs.errors import MohsError, RecordError
 from mohs.records import Run
 
 FORMAT = 1
-EVERY = 5.0
+EVERY = 1.0
 """Seconds of work between two bookmarks: what a kill may cost."""
 SHARE = 0.02
-"""Of the time at most so much goes into writing them: where one takes longer than a tenth of a second, they come less often."""
+"""Of the time at most so much goes into writing them: where one takes longer than a fiftieth of a second, they come less often."""
 LARGEST = 1 << 30
 """Bytes of the largest bookmark that is written: of larger jobs a kill loses the wave."""
 
@@ -68,7 +68,7 @@ class Bookmark:
         return make(todo), todo
 
     def through(self, job: Job, stage: str, todo: Tensor) -> Iterator[Tensor]:
-        """Run the job to its end, noting every few seconds where it stands; yields what ``Job.run`` does, if not empty."""
+        """Run the job to its end, noting every second or so where it stands; yields what ``Job.run`` does, if not empty."""
         for final in job.run():
             if len(final):
                 yield final
