@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mohs.errors import ModelError
 from mohs.models import _transport
 
 Reply = tuple[int, dict[str, str], bytes]
@@ -141,3 +142,17 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     monkeypatch.delenv(_transport.AUTHORIZATION, raising=False)
     with ExitStack() as opened:
         yield lambda reply: opened.enter_context(serving(reply))
+
+
+X = torch.rand(5, 3, generator=torch.Generator().manual_seed(1))
+
+
+def always(content: bytes, status: int = 200, **headers: str) -> Callable[[Asked], Reply]:
+    named = {k.replace("_", "-"): v for k, v in headers.items()}
+    return lambda asked: (404, {}, b"") if asked.method == "GET" else (status, named, content)
+
+
+def refusal(model: nn.Module, x: Tensor = X) -> str:
+    with pytest.raises(ModelError) as caught:
+        model(x)
+    return str(caught.value)

@@ -173,12 +173,10 @@ def tracked() -> list[Path]:
 
 
 def test_files_are_short() -> None:
-    most = {"tests": 600}
     for path in tracked():
         if path.suffix == ".py":
             lines = len(path.read_text("utf-8").splitlines())
-            allowed = most.get(path.relative_to(ROOT).parts[0], 450)
-            assert lines <= allowed, f"{path.relative_to(ROOT)} has {lines} lines, allowed are {allowed}: split it"
+            assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines, allowed are 450: split it"
 
 
 def test_names_of_test_files_are_unique() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mohs.errors import AccessError, ModelError, UsageError
 
@@ -81,7 +81,7 @@ def connect(model: str, weights: Path | None, answers: str | None, classes: int 
         return models.load(model, weights=weights)  # which says what is wrong
     token = os.environ.get(AUTHORIZATION)
     headers = {"Authorization": token} if token and trusted else None
-    kind: Answers = answers or "probabilities"  # type: ignore[assignment]
+    kind = cast("Answers", answers or "probabilities")  # Served says what is allowed
     return models.Served(model, answers=kind, classes=classes, headers=headers)
 
 
@@ -100,7 +100,7 @@ def parse(recorded: str) -> tuple[str, Answers | None, int | None]:
     url, *options = recorded.split()
     found = dict(zip(options[::2], options[1::2]))
     classes = found.get("--classes", "")
-    said: Answers | None = found.get("--answers")  # type: ignore[assignment]  # looked at when it is used
+    said = cast("Answers | None", found.get("--answers"))  # looked at when it is used
     return url, said, int(classes) if _COUNT.fullmatch(classes) else None
 
 
