@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mohs.attacks._base import Attack
 
 FIXED = 10
-"""On a CPU: what a pass costs besides its rows, in rows of a small net (dispatch, and the scheduler's own work)."""
+"""On a CPU: what a pass is taken to cost besides its rows, in rows (dispatch, and the scheduler's own work)."""
 
 
 def usual_batch(x: Tensor, attack: Attack | None = None) -> int:
@@ -27,8 +27,8 @@ def fitting_batch(rows: int, most: int, shrinking: bool) -> int:
     """Physical batch size for so many rows: batches of equal size with little padding, none larger than ``most``.
 
     Where rows settle one by one (``shrinking``), half a batch of each step is empty on average, as ranks close by whole
-    batches. Smaller ones waste less and cost more passes: on balance best are sqrt(2 * FIXED * rows), and below 32 rows
-    nothing is gained. A size is 1, 2, 4 or a multiple of 8, as matrix products treat the rows of other sizes differently by
+    batches. Smaller ones waste less and cost more passes: on balance best are sqrt(2 * FIXED * rows), and none is cut
+    below 32 rows. A size is 1, 2, 4 or a multiple of 8, as matrix products treat the rows of other sizes differently by
     their place.
 
     >>> [fitting_batch(rows, 256, True) for rows in (1, 3, 20, 256, 842, 10_000)]
