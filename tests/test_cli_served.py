@@ -161,7 +161,7 @@ def test_what_the_command_line_refuses(shop: Shop, serve: Serve) -> None:
     [
         ("standard", "label", "linf:0.1", "needs access"),
         ("short.toml", "label", "linf:0.1", "Square needs access SCORE; the threat grants LABEL"),
-        ("quick", "logit", "linf:0.1", "needs access GRADIENT"),
+        ("quick", "logit", "l0:3", "needs access GRADIENT"),
         ("standard", "score", "l0:3", "needs access GRADIENT"),
         ("standard", "score", "l1.5:3", "needs access GRADIENT"),
         ("linf.toml", "score", "l2:3", "meant for other regions"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mohs.attacks import DDN, FAB, FMN, PDGD, PDPGD, Attack, SigmaZero, SuperDeepFool, attack
+from mohs.attacks import DDN, FAB, FMN, PDGD, PDPGD, Attack, SigmaZero, SuperDeepFool, TrustRegion, attack
 from mohs.errors import ThreatError, UsageError
 from mohs.threat import Threat
 
@@ -44,18 +44,18 @@ class Leg:
 
 QUICK = Leg(SuperDeepFool, 0.25, beyond=11, sure=19)
 """At the boundary after a few steps and orthogonal to it after twenty; beyond its steps it measures ten classes."""
-PROXIMAL = Leg(PDPGD, 0.7, least=40, warm=False)
-"""Fewer steps do not balance its two weights; both begin with the margin of the clean input."""
+ACROSS = 40
+"""Steps below which a leg that begins anew at the clean input is passed over: its weights or its trust are not balanced yet."""
 
 ENSEMBLE: dict[str, tuple[Leg, ...]] = {
-    "linf": (QUICK, PROXIMAL, Leg(FMN)),
-    "l2": (QUICK, Leg(PDGD, 0.7, least=50, warm=False), Leg(DDN)),
-    "l1": (QUICK, PROXIMAL, Leg(FMN)),
+    "linf": (QUICK, Leg(TrustRegion, 0.7, beyond=11, least=ACROSS, warm=False), Leg(FMN)),
+    "l2": (QUICK, Leg(PDGD, 0.7, least=ACROSS, warm=False), Leg(DDN)),
+    "l1": (QUICK, Leg(PDPGD, 0.7, least=ACROSS, warm=False), Leg(FMN)),
     "l0": (Leg(SigmaZero),),
     "lp": (QUICK, Leg(FAB, cost=4, beyond=8)),
 }
-"""Which attacks run in which region, one after the other: first a quick one, then one that crosses valleys, last one that
-follows the boundary from the best point so far."""
+"""Which attacks run in which region, one after the other: first a quick one, then one that starts anew and gets elsewhere,
+last one that follows the boundary from the best point so far."""
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def load_plan(source: str | Path | Plan) -> Plan:
 
     >>> [step.label for step in load_plan("quick").steps]  # doctest: +NORMALIZE_WHITESPACE
     ['APGD-10 probability_margin', 'APGD-25 probability_margin, nearest 25%', 'APGD-20 margin 5 aims, nearest 12%',
-    'APGD-50 probability_margin, nearest 12%', 'SPGD-60 CE']
+    'APGD-50 probability_margin, nearest 6%', 'Square-300 margin, nearest 3%', 'SPGD-60 CE']
     """
     if isinstance(source, Plan):
         return source
