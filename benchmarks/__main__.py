@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     more.add_argument("--norms", "--norm", default="linf,l2,l1,l0", help="of minimum and exact (default: all four)")
     more.add_argument("--attacks", default="", help="ours, of minimum and exact (default: every one that fits)")
     more.add_argument("--passes", type=_count, default=200, help="of minimum, per image (default 200)")
+    more.add_argument(
+        "--patience", type=_count, default=60, help="CPU seconds an attack may take in minimum (default 60)"
+    )
     more.add_argument("--plans", default="", help="ours, of autoattack (default: all that are built in)")
     more.add_argument("--aa-cache", type=Path, help="results of AutoAttack are taken from here, or put here")
     given = parser.parse_args(arguments)
@@ -75,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"no {what} {unknown[0]!r}; there are {', '.join(known)}")
     options = Options(
         libraries=libraries, nets=tuple(given.nets.split(",")), data=given.data, subjects=chosen, norms=norms,
-        attacks=_names(given.attacks), plans=_names(given.plans), passes=given.passes, aa_cache=given.aa_cache,
+        attacks=_names(given.attacks), plans=_names(given.plans), passes=given.passes, patience=given.patience,
+        aa_cache=given.aa_cache,
     )  # fmt: skip
     if given.quick:
         options = replace(options, repeats=3, rows=64, slow_rows=4, wide_rows=32, robust_rows=16)

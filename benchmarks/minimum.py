@@ -29,7 +29,6 @@ NORMS = {"linf": math.inf, "l2": 2.0, "l1": 1.0, "l0": 0.0}
 PEER_BATCH = 256
 PROBED = 16  # rows that tell what a step costs
 BUNDLED = 1000  # images that come with the project
-PATIENCE = 60.0  # CPU seconds; whoever takes longer is left out
 RELAY = "mohs minimum_norm"
 TWICE = f"{RELAY}, twice the passes"
 SAME = {
@@ -90,7 +89,7 @@ def run(options: Options) -> Iterator[str]:
         "backward to its input), found on a few rows first; DeepFool and others that end by themselves take fewer. Everything is "
         "scored outside: the answer differs, the point lies in the box. Not found counts as infinitely far, so the median is over "
         "all images. 'Common': over the images that every attack of the table with at least 90% success broke. "
-        f"Times are CPU seconds of one run; whoever takes more than {PATIENCE:.0f} is left out. Below each table: the relay beside "
+        f"Times are CPU seconds of one run; whoever takes more than {options.patience} is left out. Below each table: the relay beside "
         "the best peer, and each of ours beside the best peer with the same attack."
     )
     # ours pads its last batch, so a multiple of it keeps the comparison equal: 256, 512 ... rows
@@ -107,9 +106,9 @@ def _compare(subject: RobustSubject, norm: str, options: Options) -> Iterator[st
     for name, attack in {**ours(norm, options.attacks), **_theirs(norm, options)}.items():
         budget = 2 * options.passes if name == TWICE else options.passes
         try:
-            found[name] = measured(attack, subject, NORMS[norm], budget, relay=name in (RELAY, TWICE))
+            found[name] = measured(attack, subject, NORMS[norm], budget, options.patience, relay=name in (RELAY, TWICE))
         except TooSlow:
-            failures.append(f"{name} left out: more than {PATIENCE:.0f} s.")
+            failures.append(f"{name} left out: more than {options.patience} s.")
         except Exception as error:  # a peer may fail in any way, and so may an attack under construction
             failures.append(f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         subject.net.zero_grad(set_to_none=True)
@@ -164,13 +163,15 @@ def _row(name: str, f: Found, common: Tensor) -> list[object]:
     ]  # fmt: skip
 
 
-def measured(attack: Run, subject: RobustSubject, norm: float, budget: int, relay: bool = False) -> Found:
+def measured(
+    attack: Run, subject: RobustSubject, norm: float, budget: int, patience: float, relay: bool = False
+) -> Found:
     """Run an attack with the steps that the budget of passes per row allows (a relay takes the passes themselves); everything
     counted, scored and timed."""
     few = subject.take(PROBED)
     steps = budget if relay else budget // 2
     for _ in range(0 if relay else 4):  # an attack may cost anything per step, its start as much as its steps
-        counted = Patient(subject.net, PATIENCE / 4, 3 * budget * len(few.x))
+        counted = Patient(subject.net, patience / 4, 3 * budget * len(few.x))
         try:
             attack(counted, few.x, few.y, steps)
         except TooFar:
@@ -181,10 +182,10 @@ def measured(attack: Run, subject: RobustSubject, norm: float, budget: int, rela
             break
         steps = min(max(1, math.floor(steps * budget / passes)), budget)
     start = time.process_time()
-    counted = Patient(subject.net, PATIENCE)
+    counted = Patient(subject.net, patience)
     x = attack(counted, subject.x, subject.y, steps)
     seconds = time.process_time() - start
-    if seconds > PATIENCE:
+    if seconds > patience:
         raise TooSlow
     passes = (counted.forwards + counted.backwards) / len(subject.x)
     return Found(sizes(subject, x, norm), passes, steps, seconds)

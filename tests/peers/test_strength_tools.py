@@ -120,7 +120,7 @@ def test_budget_of_passes_is_met_whatever_a_step_costs(cost: int) -> None:
                 model(x)
         return x
 
-    found = minimum.measured(attack, given, 2.0, 100)
+    found = minimum.measured(attack, given, 2.0, 100, patience=60)
     assert 80 <= found.passes <= 105
     assert found.steps * cost == found.passes or cost == 1
     assert found.median == math.inf or len(given.x) > 12
