@@ -278,31 +278,35 @@ class L1(Lp):
     def project(self, x: Tensor, x0: Tensor, eps: Tensor, box: Box) -> Tensor:
         """The nearest point of ball and box in L2, exactly.
 
-        The optimal change is clip(soft(d, t), lo - x0, hi - x0) for one threshold t >= 0 per row; its 1-norm is piecewise
-        linear and falls with t, with kinks where a coordinate leaves its bound (|d| - room) or reaches zero (|d|), so
-        one sort of the kinks and a cumulative sum give t in closed form. O(D log D) per row.
+        The optimal change is clip(soft(d, t), lo - x0, hi - x0) for one threshold t >= 0 per row. Its 1-norm is piecewise
+        linear and falls with t, so Newton's method ends in the right piece; where it leaves the bracket it is halved instead.
         """
-        d = (x - x0).flatten(1)
-        clean = x0.flatten(1)
+        d, clean = (x - x0).flatten(1), x0.flatten(1)
         size = d.abs()
         room = torch.where(d > 0, box[1] - clean, clean - box[0])
-        taken = torch.minimum(size, room)
-        over = taken.sum(1) > eps
-        if not bool(over.any()):
-            return (clean + d.sign() * taken).view_as(x).clamp_(*box)
-        leave = (size - room).clamp_min_(0.0)  # below this t the coordinate sits at its bound
-        kinks, order = torch.cat([leave, size], 1).sort(dim=1, stable=True)
-        slope = torch.cat([-torch.ones_like(leave), torch.ones_like(size)], 1).gather(1, order).cumsum(1)
-        fall = slope[:, :-1] * kinks.diff(dim=1)  # change of the norm between consecutive kinks
-        norm = torch.cat([taken.sum(1, keepdim=True), taken.sum(1, keepdim=True) + fall.cumsum(1)], 1)
-        # the last kink at which the norm still exceeds eps; from there it falls linearly
-        at = ((norm > eps.unsqueeze(1)).sum(1, keepdim=True) - 1).clamp_(0, kinks.shape[1] - 2)
-        drop = -slope.gather(1, at)
-        threshold = kinks.gather(1, at) + (norm.gather(1, at) - eps.unsqueeze(1)) / drop.clamp_min(1.0)
-        threshold = threshold.masked_fill(~over.unsqueeze(1), 0.0)
-        kept = torch.minimum((size - threshold).clamp_min_(0.0), room)
-        shrink = (eps / kept.sum(1).clamp_min_(torch.finfo(x.dtype).tiny)).clamp_(max=1.0)  # only rounding is left
-        return (clean + d.sign() * kept * shrink.unsqueeze(1)).view_as(x).clamp_(*box)
+        kept = torch.minimum(size, room)
+        radius = eps.unsqueeze(1)
+        excess = kept.sum(1, keepdim=True) - radius
+        if bool((excess > 0).any()):
+            leave = size - room  # below this t the coordinate sits at its bound
+            near = 8 * torch.finfo(x.dtype).eps * radius
+            low, high = torch.zeros_like(excess), size.amax(1, keepdim=True)
+            t, done = low, excess <= near
+            for _ in range(64):  # ten are usual; as many halvings reach any threshold to rounding
+                # coordinates that still shrink: beyond their bound and not yet at zero
+                slope = ((leave <= t) & (size > t)).sum(1, keepdim=True)
+                guess = t + excess / slope
+                guess = torch.where((guess > low) & (guess < high), guess, (low + high) / 2)
+                t = torch.where(done, t, guess)
+                kept = torch.minimum((size - t).clamp_min_(0.0), room)
+                excess = kept.sum(1, keepdim=True) - radius
+                low, high = torch.where(excess > 0, t, low), torch.where(excess > 0, high, t)
+                done |= (excess.abs() <= near) | (t >= high) & (t <= low)
+                if bool(done.all()):
+                    break
+            # only rounding is left
+            kept = kept * (radius / kept.sum(1, keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)).clamp_(max=1.0)
+        return (clean + d.sign() * kept).view_as(x).clamp_(*box)
 
     def start(self, x0: Tensor, eps: Tensor, box: Box, key: Tensor) -> Tensor:
         """Uniform in the cross-polytope, projected onto the box."""
