@@ -185,8 +185,7 @@ class Problem(Rows):
 
     def gradient(self, x: Tensor, objective: Objective) -> Tensor:
         """Look at ``x`` and return the gradient of the objective there, [B, ...]: one forward, one backward."""
-        view = self.target.linearize(self, x, objective)
-        return view.pull(view.cotangent)
+        return self.target.linearize(self, x, objective).gradient()
 
     def look(self, x: Tensor, objective: Objective | None = None) -> Look:
         """Look at ``x`` without gradients; see ``Target.look``."""

@@ -51,6 +51,20 @@ def content_keys(x: Tensor) -> Tensor:
     return torch.tensor(keys, dtype=torch.int64, device=x.device)
 
 
+def point_keys(x: Tensor) -> Tensor:
+    """One int64 per row, [B], from its values, without leaving the device: for noise that belongs to a point.
+
+    Not as strong a hash as ``content_keys``, and many times faster.
+
+    >>> a, b = point_keys(torch.tensor([[0.1, 0.2], [0.2, 0.1]]))
+    >>> int(a) != int(b)
+    True
+    """
+    flat = x.detach().flatten(1).double().view(torch.int64)
+    place = torch.arange(1, flat.shape[1] + 1, dtype=torch.int64, device=x.device).mul_(_GAMMA)
+    return mix(((flat ^ place) * _MIX_1).bitwise_xor_(place).sum(1))
+
+
 def text_key(text: str) -> int:
     """One int64 from a text, the same on every machine.
 

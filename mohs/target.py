@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from mohs.errors import AccessError, DataError, ModelError, rows_text
+from mohs.guide import Guide, answers_for
 from mohs.objectives import Objective, margin
 from mohs.problem import Problem
 from mohs.threat import Access
@@ -123,12 +124,20 @@ class View(Look):
     cotangent: Tensor
     _problem: Problem
     _x: Tensor
-    _graph: Tensor
+    _draws: list[tuple[Tensor, Tensor]]  # of each draw: the logits with their graph, the cotangent of its own objective
+    _cost: int
 
     @property
     def value(self) -> Tensor:
         """The objective at what gives the gradients, which may be a guide that shows more than the model, [B]."""
         return self._margin if self._value is None else self._value
+
+    def gradient(self, keep: bool = False) -> Tensor:
+        """Input gradient [B, ...] of the objective that was asked for: one backward.
+
+        Over several draws it is the gradient of the mean objective, not the objective of the mean logits.
+        """
+        return self._pull([own for _, own in self._draws], keep, None)
 
     def pull(self, cotangent: Tensor, keep: bool = False, rows: Tensor | None = None) -> Tensor:
         """Input gradient [B, ...] of <logits, cotangent> per row: one backward. ``keep`` allows another pull.
@@ -137,15 +146,21 @@ class View(Look):
 
         Non-finite entries become zero, so that one bad coordinate does not spoil a row.
         """
+        return self._pull([cotangent] * len(self._draws), keep, rows)
+
+    def _pull(self, cotangents: list[Tensor], keep: bool, rows: Tensor | None) -> Tensor:
+        draws = len(cotangents)
+        if draws > 1:
+            cotangents = [c / draws for c in cotangents]
         try:
-            (gradient,) = torch.autograd.grad(self._graph, self._x, cotangent, retain_graph=keep)
+            (gradient,) = torch.autograd.grad([z for z, _ in self._draws], self._x, cotangents, retain_graph=keep)
         except RuntimeError as error:
             raise ModelError(
                 f"The model gives no input gradient ({str(error).splitlines()[0]}). Gradient attacks need a differentiable "
                 "path from input to logits: remove detach() or no_grad(), or use an attack that needs less access."
             ) from error
         found = self._problem.found
-        found.backwards += ~found.settled if rows is None else rows & ~found.settled
+        found.backwards += (~found.settled if rows is None else rows & ~found.settled) * self._cost
         if not math.isfinite(float(gradient.sum())):
             gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         return gradient
@@ -162,6 +177,7 @@ class Target:
         queries: looks per row that are recorded; None for no limit.
         draws: fresh evaluations that judge a point of a random model (0: deterministic).
         labels: labels or targets of all examples; the first look refuses them where the model has no such class.
+        average: evaluations of a random model per look, whose objectives are averaged (expectation over transformation).
     """
 
     def __init__(
@@ -172,12 +188,18 @@ class Target:
         queries: int | None = None,
         draws: int = 0,
         labels: Tensor | None = None,
+        average: int = 1,
     ) -> None:
         self.model = model
         self.guide = model if guide is None else guide
         self.access = access
         self.queries = queries
         self.draws = draws
+        self.average = average
+        self.trusted = answers_for(self.guide, model)  # what the guide answers, the model answers
+        self.needs = guide.needs if isinstance(guide, Guide) else Access.GRADIENT
+        calls = (guide.forwards, guide.backwards) if isinstance(guide, Guide) else (1, 1)
+        self.cost = (calls[0] * average, calls[1] * average)
         self.labels = labels
         self.highest = -1 if labels is None or not len(labels) else int(labels.max())
 
@@ -186,20 +208,23 @@ class Target:
 
         Cost: one forward; each pull one backward. The objective defaults to the logit margin.
         """
-        if self.access < Access.GRADIENT and self.guide is self.model:
+        if self.access < self.needs and self.trusted:
             raise AccessError(
                 f"The attack asked for a gradient; the threat grants {self.access.name}. "
                 "Use an attack that needs no gradients, or Threat(access=Access.GRADIENT)."
             )
         x = x.detach().requires_grad_(True)
         with torch.enable_grad():
-            graph = classify(self.guide, x)
-        logits = graph.detach()
-        if self.labels is not None and self.highest >= logits.shape[1]:
-            _refuse_labels(self.labels, logits.shape[1])
-        value, cotangent = (objective or margin)(logits, problem.goal)
-        lead, met = self._nominate(problem, x.detach(), logits, value, asked=self.guide is self.model)
-        return View(self.access, logits, lead, met, cotangent, problem, x, graph, _value=value)
+            graphs = [classify(self.guide, x) for _ in range(self.average)]
+        logits = [graph.detach() for graph in graphs]
+        self._known(logits[0])
+        values, cotangents = zip(*[(objective or margin)(z, problem.goal) for z in logits], strict=True)
+        value = _mean(values)
+        lead, met = self._nominate(problem, x.detach(), logits, value, asked=self.trusted, passes=self.cost[0])
+        draws = list(zip(graphs, cotangents, strict=True))
+        return View(
+            self.access, _mean(logits), lead, met, _mean(cotangents), problem, x, draws, self.cost[1], _value=value
+        )  # fmt: skip
 
     def look(self, problem: Problem, x: Tensor, objective: Objective | None = None) -> Look:
         """Look at ``x`` [B, ...] without gradients. Cost: one forward, one query.
@@ -208,40 +233,45 @@ class Target:
         nothing of the model (transfer), the guide is looked at instead.
         """
         shown = self.access >= Access.LABEL
-        if not shown and self.guide is self.model:
+        if not shown and self.trusted:
             raise AccessError(
                 "The attack asked for a look at the model; the threat grants none (transfer only). "
                 "Use Threat(access=Access.LABEL) or more."
             )
         with torch.no_grad():  # not inference_mode: what a model caches in its forward must stay usable with gradients
-            logits = _ask(self.model if shown else self.guide, x.detach(), ~problem.found.settled)
+            asked, live = self.model if shown else self.guide, ~problem.found.settled
+            logits = [_ask(asked, x.detach(), live) for _ in range(self.average)]
+        self._known(logits[0])
+        value = None if objective is None else _mean([objective(z, problem.goal)[0] for z in logits])
+        lead, met = self._nominate(problem, x.detach(), logits, value, asked=shown, passes=self.average)
+        return Look(self.access, _mean(logits), lead, met, _value=value)
+
+    def _known(self, logits: Tensor) -> None:
         if self.labels is not None and self.highest >= logits.shape[1]:
             _refuse_labels(self.labels, logits.shape[1])
-        value = None if objective is None else objective(logits, problem.goal)[0]
-        lead, met = self._nominate(problem, x.detach(), logits, value, asked=shown)
-        return Look(self.access, logits, lead, met, _value=value)
 
     def _nominate(
-        self, problem: Problem, x: Tensor, logits: Tensor, value: Tensor | None, asked: bool
+        self, problem: Problem, x: Tensor, draws: list[Tensor], value: Tensor | None, asked: bool, passes: int
     ) -> tuple[Tensor, Tensor]:
-        """Count the look and keep ``x`` where it beats what the row has; answers (margin, met) of this look.
+        """Count the look and keep ``x`` where it beats what the row has; answers (margin, met) of this look, of which
+        ``draws`` are the logits.
 
         ``asked``: was it the model that was looked at? Only that is a query.
         """
         found, region, box = problem.found, problem.threat.region, problem.threat.box
-        lead = problem.goal.margin(logits)
+        lead = _mean([problem.goal.margin(logits) for logits in draws])
         met = lead > 0
         if bool(met.any()):
-            met = lead > rounding(logits)
+            met = lead > _mean([rounding(logits) for logits in draws])
         value = lead if value is None else value
         live = ~found.settled
         if not math.isfinite(float(lead.sum())):
             found.error |= live & ~lead.isfinite()
         if self.queries is not None:
             live &= found.queries < self.queries  # a look beyond the limit is not recorded
-        found.forwards += live
+        found.forwards += live * passes
         if asked:
-            found.queries += live
+            found.queries += live * len(draws)
         found.last = torch.where(live, value, found.last)
         if (self.draws > 0 or not asked) and bool((met & live).any()):
             lead, met = self._judge(problem, x, lead, met, live)
@@ -287,9 +317,14 @@ class Target:
             wins += fresh > rounding(logits)
             worst = torch.minimum(worst, fresh)
         problem.found.forwards += (met & live) * looks
-        if self.guide is not self.model and self.access > Access.NONE:
+        if not self.trusted and self.access > Access.NONE:
             problem.found.queries += met & live
         return torch.where(met, worst, lead), met & (wins * 2 > looks)
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    """The mean over draws; of one, itself."""
+    return values[0] if len(values) == 1 else torch.stack(tuple(values)).mean(0)
 
 
 def _ask(model: nn.Module, x: Tensor, wanted: Tensor) -> Tensor:

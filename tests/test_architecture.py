@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mohs"
 
-NOUNS = {"threat", "regions", "problem", "objectives", "streams", "target", "_rows", "errors"}
+NOUNS = {"threat", "regions", "problem", "objectives", "streams", "target", "guide", "_rows", "errors"}
 BASE = NOUNS | {"gradients", "models", "data"}
 """What attacks, certificates and defenses stand on."""
 MAY_IMPORT = {

@@ -62,7 +62,7 @@ def share(dual: Tensor) -> Tensor:
 
 def constraint(problem: Problem, view: View, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(descent direction of softplus(-margin) [B, ...], plain gradient of the margin), the former over its dual norm."""
-    g = view.pull(view.cotangent)
+    g = view.gradient()
     dual = problem.threat.region.dual(g).clamp_min_(torch.finfo(g.dtype).tiny)
     deep = share(-SOFT * view.value / scale)
     return g * per_row(deep / dual, g), g

@@ -31,7 +31,7 @@ def free(g: Tensor, x: Tensor, box: tuple[float, float]) -> Tensor:
     """The gradient without the coordinates that the box does not let follow it."""
     if math.isinf(box[0]) and math.isinf(box[1]):
         return g
-    return g.masked_fill(((x >= box[1]) & (g > 0)) | ((x <= box[0]) & (g < 0)), 0.0)
+    return g * (((x < box[1]) | (g <= 0)) & ((x > box[0]) | (g >= 0)))  # masked_fill takes several times as long
 
 
 def unit(g: Tensor) -> Tensor:

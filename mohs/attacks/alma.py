@@ -106,7 +106,7 @@ class ALMA:
         """Constraint, penalty, multiplier; then one step of RMSProp."""
         x, region = state.x, problem.threat.region
         view = problem.linearize(x)
-        g = view.pull(view.cotangent)
+        g = view.gradient()
         tiny = torch.finfo(x.dtype).tiny
         dual = region.dual(g).clamp_min_(tiny)
         away = -view.value.sign() * distance(problem, view.value, g)

@@ -137,7 +137,7 @@ class APGD:
     def step(self, problem: Problem, state: APGDState, k: int) -> APGDState:
         """Look, keep the best, judge the progress at a checkpoint, and move."""
         view = problem.linearize(state.x, self.objective)
-        g = view.pull(view.cotangent)
+        g = view.gradient()
         state = keep_best(state, view, g)
         if isinstance(problem.threat.region, L1):
             return self._sparse_step(problem, state, g, k)

@@ -95,7 +95,7 @@ class CarliniWagner:
         x, w, adam, search = state.x, state.w, state.adam, state.search
         box = problem.threat.box
         view = problem.linearize(x, margin)
-        g = view.pull(view.cotangent)
+        g = view.gradient()
         f = shortfall(problem, view)
         if search is None:
             search = search_of(problem).first(problem, f, g, w)

@@ -104,7 +104,7 @@ class EAD:
         """One step of FISTA; where it ends a round, the next one is prepared."""
         x0, box, age, search, beta = problem.x0, problem.threat.box, state.age, state.search, state.beta
         view = problem.linearize(state.x, margin)
-        g = view.pull(view.cotangent)
+        g = view.gradient()
         f = shortfall(problem, view)
         if search is None:
             search, beta = self._scaled(problem, f, g)

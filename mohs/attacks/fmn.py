@@ -90,7 +90,7 @@ class FMN:
         """Resize the ball, step along the gradient, project."""
         x, x0, region, box = state.x, problem.x0, problem.threat.region, problem.threat.box
         view = problem.linearize(x)
-        g = free(view.pull(view.cotangent), x, box)
+        g = free(view.gradient(), x, box)
         share = k / self.steps
         size = self._resize(problem, state, view, g, cosine(self.gamma, self.last_gamma, share))
         length = self._length(problem, x, size)

@@ -67,7 +67,7 @@ class ODI(PGD):
             size = region.default_step(problem.eps, 1, box) if isinstance(region, L0) else problem.eps
             return State(problem.advance(state.x, view.pull(direction(problem, view.logits)), size))
         size = step_sizes(problem, self.step_size, self.steps - first)
-        return State(problem.advance(state.x, view.pull(view.cotangent), size))
+        return State(problem.advance(state.x, view.gradient(), size))
 
 
 def direction(problem: Problem, logits: Tensor) -> Tensor:

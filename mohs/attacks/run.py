@@ -33,6 +33,8 @@ from mohs.regions import per_row
 from mohs.target import Target
 from mohs.threat import Access, Threat
 
+AVERAGE = 10
+"""Evaluations per look at a random model where nobody says: most of the noise is gone, at ten times the passes."""
 WAVE = 8
 """Batches per wave: enough to fill holes, few enough that the wave's rows stay in memory."""
 
@@ -65,6 +67,7 @@ def attack(
     stop: Stop | None = None,
     trace: bool = False,
     guide: nn.Module | None = None,
+    average: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
     """Run one attack on a batch of examples.
@@ -89,7 +92,10 @@ def attack(
             suits the number of rows, at most 256, fewer for large inputs and uneven attacks (``attacks/_batches.py``).
         stop: when a row ends; default: at the first success at a finite radius, else when the budget is spent.
         trace: keep the objective at every look (implies that the budget is spent).
-        guide: a differentiable stand-in that gives the gradients; successes are confirmed on ``model``.
+        guide: what gives the gradients: a ``mohs.gradients.Guide`` of the model, whose answers are the model's, or any other
+            module; what is found with that is confirmed on ``model``.
+        average: evaluations of a random model per look, whose objectives are averaged (expectation over transformation).
+            Default: as many as the threat's ``draws`` score it with, at most 10.
         progress: called with (examples finished, of these broken).
 
     Returns:
@@ -102,6 +108,7 @@ def attack(
         job = Job(
             attack, model, x, y, Threat.parse(threat), targets=targets, restarts=restarts, aims=aims, rank=rank, eps=eps,
             confidence=confidence, start=start, seed=seed, batch=batch, stop=stop, trace=trace, guide=guide,
+            average=average,
         )  # fmt: skip
         finished = broken = 0
         for final in job.run():
@@ -120,6 +127,7 @@ class Job:
         targets: Tensor | None = None, restarts: int = 1, aims: int = 0, rank: Ranking = by_logit,
         eps: Tensor | None = None, confidence: float = 0.0, start: Tensor | None = None, seed: int = 0,
         batch: int | None = None, stop: Stop | None = None, trace: bool = False, guide: nn.Module | None = None,
+        average: int | None = None,
     ) -> None:  # fmt: skip
         check_inputs(x, y, threat, targets=targets, eps=eps, restarts=restarts, aims=aims, batch=batch)
         check_start(start, x, confidence)
@@ -135,6 +143,9 @@ class Job:
             raise UsageError(f"seed must be a whole number; got {seed!r}.")
         if stop is not None and not isinstance(stop, Stop):
             raise UsageError(f"stop must be Stop.SUCCESS, Stop.BUDGET or None; got {stop!r}.")
+        if average is not None and (type(average) is not int or average < 1):
+            raise UsageError(f"average must be a whole number >= 1, or None; got {average!r}.")
+        average = min(threat.draws, AVERAGE) or 1 if average is None else average
         if attack.needs > threat.access and guide is None:
             raise AccessError(
                 f"{attack!r} needs access {attack.needs.name}; the threat {threat} grants {threat.access.name}. "
@@ -168,6 +179,7 @@ class Job:
             _share(threat.queries, self.rows, aims),
             threat.draws,
             y if targets is None else targets,
+            average,
         )
         self.x, self.y, self.targets = x.detach(), y, targets
         self.aims = aims
@@ -178,7 +190,7 @@ class Job:
                 "stop=Stop.SUCCESS contradicts a trace or an infinite radius, which spend the whole budget."
             )
         shrinking = x.device.type == "cpu" and (self.stop is Stop.SUCCESS or getattr(attack, "uneven", False))
-        self.batch = batch or fitting_batch(len(x) * self.rows, usual_batch(x, attack), shrinking)
+        self.batch = batch or fitting_batch(len(x) * self.rows, max(usual_batch(x, attack) // average, 1), shrinking)
         count = (len(x), self.rows)
         self.finished = torch.zeros(count, dtype=torch.bool, device=x.device)
         self.emitted = torch.zeros(len(x), dtype=torch.bool, device=x.device)

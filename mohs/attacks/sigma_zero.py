@@ -95,7 +95,7 @@ class SigmaZero:
     def step(self, problem: Problem, state: SigmaZeroState, k: int) -> SigmaZeroState:
         """One step of Adam and the threshold; towards the end, a try on fewer positions."""
         view = problem.linearize(state.x, margin)
-        g = view.pull(view.cotangent)
+        g = view.gradient()
         descent = self.steps - min(self.polish, self.steps // 2)
         if k < descent:
             state = self._descend(problem, state, view, g, k, descent)

@@ -91,7 +91,7 @@ class SparseFool:
         """A step of DeepFool, or of the linear solver where DeepFool has crossed; after a success, the polish."""
         x, x0, box = state.x, problem.x0, problem.threat.box
         view = problem.linearize(x, margin)
-        w = view.pull(view.cotangent)
+        w = view.gradient()
         begun = (state.polished >= 0) | (view.met & state.sparse)
         polished = torch.where(begun, state.polished + 1, -1)
 

@@ -1,0 +1,7 @@
+"""Gradients for models that hide them: module in, module out, so that no attack knows about it."""
+
+from mohs.gradients.bpda import BPDA, Past, Through
+from mohs.gradients.estimated import FiniteDifference, Smooth, reparameterize
+from mohs.guide import Guide
+
+__all__ = ["BPDA", "FiniteDifference", "Guide", "Past", "Smooth", "Through", "reparameterize"]
