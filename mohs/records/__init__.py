@@ -5,6 +5,7 @@ read, compared and shown where nothing can be evaluated.
 """
 
 from mohs.records._files import write_atomically
+from mohs.records.anytime import confidence_sequence, finite_sequence, mean_bounds
 from mohs.records.diff import Diff, diff
 from mohs.records.header import load_header
 from mohs.records.ledger import Ledger
@@ -24,11 +25,20 @@ from mohs.records.schema import (
     Plan,
     Step,
     Subject,
+    Tactic,
     Totals,
     Verdict,
     identity_of,
 )
-from mohs.records.stats import clopper_pearson, lower_bound, mcnemar, upper_bound
+from mohs.records.stats import (
+    clopper_pearson,
+    finite_bounds,
+    lower_bound,
+    mcnemar,
+    mcnemar_of,
+    median_interval,
+    upper_bound,
+)
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -50,14 +60,21 @@ __all__ = [
     "Run",
     "Step",
     "Subject",
+    "Tactic",
     "Totals",
     "Verdict",
     "clopper_pearson",
+    "confidence_sequence",
     "diff",
+    "finite_bounds",
+    "finite_sequence",
     "identity_of",
     "load_header",
     "lower_bound",
     "mcnemar",
+    "mcnemar_of",
+    "mean_bounds",
+    "median_interval",
     "open_run",
     "upper_bound",
     "write_atomically",
