@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from mohs.errors import CertificateContradicted, ClaimError, UsageError
-from mohs.evaluation.claims import Claim, verdict
+from mohs.evaluation.claims import Accuracy, Claim, verdict
 from mohs.records import Verdict
 from mohs.records.stats import lower_bound, upper_bound
 
@@ -30,18 +30,18 @@ class TestParse:
         ],
     )  # fmt: skip
     def test_forms(self, text: str) -> None:
-        assert Claim.parse(text) == Claim(0.6)
+        assert Claim.parse(text) == Accuracy(0.6)
 
     @given(st.floats(min_value=1e-9, max_value=1))
     def test_text_and_back(self, tau: float) -> None:
-        assert Claim.parse(str(Claim(tau))).tau == tau
+        assert Claim.parse(str(Accuracy(tau))).tau == tau
 
     @given(st.integers(min_value=1, max_value=1000))
     def test_a_percentage_is_the_same_number_as_the_share(self, thousandths: int) -> None:
         assert Claim.parse(f"accuracy >= {thousandths / 10}%") == Claim.parse(f"accuracy >= {thousandths / 1000}")
 
     def test_a_claim_passes_through(self) -> None:
-        claim = Claim(0.5)
+        claim = Accuracy(0.5)
         assert Claim.parse(claim) is claim
 
     @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ class TestParse:
         [
             ("the model is robust", "names no number"),
             ("", "names no number"),
-            ("robust against all attacks", "names no number"),
+            ("robust against all attacks", "nobody can try all attacks"),
             ("accuracy >= high", "no number"),
             ("accuracy >= 60", "Was 60% meant"),
             ("accuracy >= 0,6", "decimal comma"),
@@ -159,12 +159,12 @@ class TestVerdict:
         survived = data.draw(st.integers(0, n))
         certified = data.draw(st.integers(0, survived))
         tau = data.draw(st.floats(0.01, 1))
-        answer = verdict(Claim(tau), n, survived, certified, threat=THREAT)
+        answer = verdict(Accuracy(tau), n, survived, certified, threat=THREAT)
         assert answer.lower is not None
         assert answer.upper is not None
         assert answer.lower <= answer.upper
         order = ["refuted", "undecided", "upheld so far", "certified"]
-        more = verdict(Claim(tau), n, min(survived + 1, n), certified, threat=THREAT)
+        more = verdict(Accuracy(tau), n, min(survived + 1, n), certified, threat=THREAT)
         assert order.index(more.word) >= order.index(answer.word)
 
     def test_refusals(self) -> None:
@@ -186,7 +186,7 @@ class TestErrorRates:
     @pytest.mark.parametrize("alpha", [0.05, 0.01])
     def test_exactly(self, n: int, tau: float, alpha: float) -> None:
         counts = np.arange(n + 1)
-        words = [word(str(Claim(tau)), n, int(k), int(k), alpha=alpha) for k in counts]
+        words = [word(str(Accuracy(tau)), n, int(k), int(k), alpha=alpha) for k in counts]
         chance = binom.pmf(
             counts, n, tau
         )  # the hardest truth: exactly as claimed, and attack and certificate are perfect
@@ -214,7 +214,7 @@ class TestErrorRates:
             for a, c in counts.tolist():
                 key = (a, c, tau)
                 if key not in cache:
-                    cache[key] = word(str(Claim(tau)), n, a, c)
+                    cache[key] = word(str(Accuracy(tau)), n, a, c)
                 hits += cache[key] == wrong
             assert hits / runs <= 0.05
 
@@ -224,7 +224,7 @@ class TestErrorRates:
         counts = np.arange(n + 1)
         # the worst case: all robust inputs certified, and of the others as many as the failure probability allows
         chance = binom.pmf(counts, n, truth + (1 - truth) * failure)
-        claim = str(Claim(truth + 1e-6))
+        claim = str(Accuracy(truth + 1e-6))
         hits = [word(claim, n, n, int(k), probabilistic_failure=failure, alpha=alpha) == "certified" for k in counts]
         assert float(chance[hits].sum()) <= alpha
         naive = [word(claim, n, n, int(k), alpha=alpha) == "certified" for k in counts]

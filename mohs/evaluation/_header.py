@@ -65,7 +65,7 @@ def known(place: Path, header: records.Header, model: nn.Module) -> bool:
 
 def claimed(claim: Claim | None) -> records.Claim | None:
     """A claim as records hold it."""
-    return None if claim is None else records.Claim(text=str(claim), tau=claim.tau)
+    return None if claim is None else records.Claim(text=str(claim), tau=claim.tau, kind=claim.kind)
 
 
 def of_run(

@@ -65,7 +65,7 @@ def evaluate(
         data: a ``Dataset`` or a pair (x float32 or float64 [N, ...], y int64 [N]).
         threat: such as ``"linf:8/255"``; the radius must be finite.
         plan: a ``Plan``, the name of a built-in one, or a TOML file.
-        claim: such as ``"accuracy >= 0.6"``.
+        claim: such as ``"accuracy >= 0.6"``; also on ``stability``, or ``certified`` where certificates are given.
         out: directory of the record; an interrupted run in it goes on where it stopped. None: a temporary one
             that lives as long as the returned record.
         certificates: such as ``[mohs.certificates.CROWN()]``.
@@ -113,6 +113,8 @@ def evaluate(
         )
     batch = batch or usual_batch(x)
     plan, claim = load_plan(plan), None if claim is None else claims.Claim.parse(claim)
+    if claim is not None:
+        claims.require(claim, certificates)
     with untouched(model, seed):  # so that a model that changes while it is looked at is given back as it was
         run = _Evaluation(model, data, x, y, threat, plan, claim, list(certificates), seed, batch, notify)
         run.control = CONTROL if control is None else control
@@ -241,10 +243,8 @@ class _Evaluation:
     def _verdict(self, record: records.Record, findings: Sequence[records.Finding]) -> records.Verdict | None:
         if self.claim is None or len(record.contradicted):
             return None
-        return claims.verdict(
-            self.claim, record.n, int(record.survived.sum()),
-            certified=None if record.certified is None else int(record.certified.sum()),
-            blocked=[f.name for f in findings if f.severity == "block"], threat=str(self.threat),
+        return claims.of_record(
+            self.claim, record, blocked=[f.name for f in findings if f.severity == "block"],
             untried=() if self.steps else self.plan.skipped(self.threat),
         )  # fmt: skip
 

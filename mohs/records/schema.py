@@ -11,9 +11,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -68,10 +68,30 @@ class Plan(_Part):
 
 
 class Claim(_Part):
-    """What was claimed: at least ``tau`` of the answers stay right."""
+    """What was claimed: at least ``tau`` of the answers stay right, or of what else its kind counts or measures."""
 
     text: str
-    tau: float = Field(ge=0, le=1)
+    tau: float = Field(ge=0)
+    kind: Literal["accuracy", "stability", "certified", "median", "detection"] = "accuracy"
+
+    @model_validator(mode="after")
+    def _of_a_share(self) -> Self:
+        if self.tau > 1 and self.kind != "median":
+            raise ValueError(f"a share above 1 is none; got {self.tau}")
+        return self
+
+    @property
+    def share(self) -> float | None:
+        """The claimed share of all examples, None where the claim is not about one."""
+        return self.tau if self.kind in ("accuracy", "certified") else None
+
+
+class Sealed(_Part):
+    """The examples were chosen and committed to before; this is who looked at them when."""
+
+    commitment: str = Field(description="hash of the positions and a salt")
+    look: int = Field(ge=1, description="1: nobody had looked before")
+    head: str = Field(description="hash of the list of looks up to this one")
 
 
 class Verdict(_Part):
@@ -80,7 +100,7 @@ class Verdict(_Part):
     word: Literal["refuted", "certified", "upheld so far", "undecided", "blocked"]
     sentence: str
     exit_code: int
-    lower: float | None = Field(default=None, description="bound on the share that stays right, from below")
+    lower: float | None = Field(default=None, description="bound on what is claimed, from below, by proof")
     upper: float | None = Field(default=None, description="and from above")
     alpha: float = Field(default=0.05, gt=0, lt=1)
 
@@ -172,6 +192,7 @@ class Header(_Part):
     plan: Plan
     stated_accuracy: float | None = Field(default=None, description="clean accuracy the model was said to have")
     claim: Claim | None = None
+    sealed: Sealed | None = None
     verdict: Verdict | None = None
     environment: Environment = Field(default_factory=Environment)
     checks: list[Finding] = Field(default_factory=list)

@@ -55,12 +55,12 @@ def bracket(record: Record) -> Markup:
         whiskers.append(record.interval("certified"))
     body += [_whisker(100 * a, 100 * b, BAR_TOP + BAR_HEIGHT - 13 * (i + 1)) for i, (a, b) in enumerate(whiskers)]
     bottom = BAR_TOP + BAR_HEIGHT
-    claim = record.header.claim
-    if claim is not None:
-        tau = 100 * claim.tau
+    share = words.claimed(record.header)
+    if share is not None:
+        tau = 100 * share
         body.append(f'<line x1="{tau:.3f}%" x2="{tau:.3f}%" y1="{BAR_TOP - 8}" y2="{bottom + 14}" class="halo"/>')
         body.append(f'<line x1="{tau:.3f}%" x2="{tau:.3f}%" y1="{BAR_TOP - 8}" y2="{bottom + 14}" class="tau"/>')
-        body.append(_text(tau, bottom + 29, f"claim: at least {words.percent(claim.tau, 0)}", "taulabel"))
+        body.append(_text(tau, bottom + 29, f"claim: at least {words.percent(share, 0)}", "taulabel"))
     for tick in (0, 25, 50, 75, 100):
         body.append(_text(tick, bottom + 50, f"{tick}%", "tick"))
     said = (
@@ -81,9 +81,9 @@ def radius_curve(record: Record) -> Markup:
     for tick in _radii(right, record.header.threat_text):
         label = words.radius(tick, record.header.threat_text)
         body.append(_text(100 * tick / right, CURVE_HEIGHT + 20, label, "tick", margin=0))
-    claim = record.header.claim
-    if claim is not None:
-        y = CURVE_HEIGHT * (1 - claim.tau)
+    share = words.claimed(record.header)
+    if share is not None:
+        y = CURVE_HEIGHT * (1 - share)
         body.append(f'<line x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}" class="claimline"/>')
     if here is not None:
         at = 100 * here / right
@@ -104,8 +104,9 @@ def cost_curve(record: Record) -> Markup:
     body = _grid([(s, f"{s:.0f}%") for s in (0, 25, 50, 75, 100)], COST_HEIGHT)
     for k in range(decades + 1):
         body.append(_text(100 * k / decades, COST_HEIGHT + 20, f"{10 ** (left_to + k):,}", "tick", margin=0))
-    if record.header.claim is not None:
-        y = COST_HEIGHT * (1 - record.header.claim.tau)
+    share = words.claimed(record.header)
+    if share is not None:
+        y = COST_HEIGHT * (1 - share)
         body.append(f'<line x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}" class="claimline"/>')
     points, level = [(0.0, 100 * (1 - record.clean_accuracy))], 100 * (1 - record.clean_accuracy)
     for cost, share in zip(passes, left, strict=True):

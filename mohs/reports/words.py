@@ -23,12 +23,27 @@ ACCESS = {
     "GRADIENT": "everything, gradients included (white box)",
 }
 STANDING = {
+    "refuted certified": "It speaks of the certificates that ran. Others may prove more of these examples.",
+    "refuted detection": "Each input that the detector let pass is a success of the adversary, or it flags too many clean ones.",
     "certified": "Each proof holds for its example; the bound carries the share to what they were drawn from.",
     "refuted": "Refuting needs no trust in the attacks: each broken example is stored and can be replayed.",
     "upheld so far": "A stronger attack may still refute it. Absence of a successful attack is no proof.",
     "undecided": "More examples, stronger attacks or a certificate would decide it.",
     "blocked": "A check found a condition under which no number would mean anything. See the checks.",
 }
+
+
+def standing(header: Header) -> str:
+    """What a verdict stands on."""
+    if header.verdict is None:
+        return ""
+    kind = header.claim.kind if header.claim is not None else ""
+    return STANDING.get(f"{header.verdict.word} {kind}") or STANDING.get(header.verdict.word, "")
+
+
+def claimed(header: Header) -> float | None:
+    """The claimed share of right answers, which charts draw; None where the claim is another one."""
+    return None if header.claim is None else header.claim.share
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -146,6 +161,11 @@ def limits(record: Record) -> list[str]:
         said.append(
             "Survival is an upper bound. An example that survived these attacks at this budget may fall to others; "
             "only a certificate says that none exists."
+        )
+    if header.sealed is not None and header.sealed.look > 1:
+        said.append(
+            f"The examples were sealed ({header.sealed.commitment[:12]}), and this is look {header.sealed.look} at them: what "
+            "an earlier one showed may have shaped this model, so the bounds no longer speak of unseen examples."
         )
     if record.certified is None:
         said.append("No certificate ran, so nothing is proved: the lower end of the bracket is zero.")
