@@ -137,8 +137,8 @@ class TestNoTraces:
 
         x = images(300)
         check(Wrapped(before=count), (x, torch.zeros(300).long()), "linf:0.1")
-        # 1 base, 5 for randomness, 2 for coupling, 1 with a graph; 8 alone; the rest of 256
-        assert sorted(rows) == [1] * 8 + [64] * 9 + [192]
+        # 1 base, 5 for randomness, 2 for coupling, 1 with a graph, 1 step along it; 8 alone; the rest of 256
+        assert sorted(rows) == [1] * 8 + [64] * 10 + [192]
 
 
 class TestRefusals:

@@ -2,6 +2,17 @@
 
 from mohs.gradients.bpda import BPDA, Past, Through
 from mohs.gradients.estimated import FiniteDifference, Smooth, reparameterize
+from mohs.gradients.functions import BeforeSoftmax, Straight
 from mohs.guide import Guide
 
-__all__ = ["BPDA", "FiniteDifference", "Guide", "Past", "Smooth", "Through", "reparameterize"]
+__all__ = [
+    "BPDA",
+    "BeforeSoftmax",
+    "FiniteDifference",
+    "Guide",
+    "Past",
+    "Smooth",
+    "Straight",
+    "Through",
+    "reparameterize",
+]

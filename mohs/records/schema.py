@@ -128,6 +128,18 @@ class Finding(_Part):
     remedy: str = ""
 
 
+class Tactic(_Part):
+    """One way to get gradients, tried on a few examples because the model's own were suspect."""
+
+    name: str
+    against: str = Field(default="", description="what it counters: shattered, stochastic, vanishing, declared")
+    broken: int = Field(ge=0)
+    n: int = Field(ge=0, description="examples it was tried on")
+    passes: int = Field(default=0, ge=0)
+    chosen: bool = Field(default=False, description="did it guide the attacks?")
+    error: str = Field(default="", description="why it could not run")
+
+
 class AttackSummary(_Part):
     """One attack of the plan in numbers."""
 
@@ -196,6 +208,7 @@ class Header(_Part):
     verdict: Verdict | None = None
     environment: Environment = Field(default_factory=Environment)
     checks: list[Finding] = Field(default_factory=list)
+    tactics: list[Tactic] = Field(default_factory=list, description="in the order tried; empty: nothing was suspect")
     attacks: list[AttackSummary] = Field(default_factory=list)
     curve: list[CurvePoint] = Field(default_factory=list)
     certificates: list[CertificateSummary] = Field(default_factory=list)

@@ -145,9 +145,9 @@ class Rippled(nn.Module):
 def test_a_step_goes_on_as_long_as_it_breaks_what_it_is_given(tmp_path: Path) -> None:
     data, model = images().take(200), Rippled().eval()
     plan = Plan("masked", (PlanStep.make("FGSM"), PlanStep.make("Square", {"steps": 200}, start="best", share=0.125)))
-    record = evaluate(data, model, plan=plan, threat="linf:0.1", out=tmp_path / "a", control=0)
+    record = evaluate(data, model, plan=plan, threat="linf:0.1", out=tmp_path / "a", control=0, adaptive="off")
     whole = Plan("whole", (PlanStep.make("FGSM"), PlanStep.make("Square", {"steps": 200}, start="best")))
-    every = evaluate(data, model, plan=whole, threat="linf:0.1", out=tmp_path / "b", control=0)
+    every = evaluate(data, model, plan=whole, threat="linf:0.1", out=tmp_path / "b", control=0, adaptive="off")
     given = record.header.attacks[1].given
     alive = int((record.correct & (record.breaker != 0)).sum())
     assert given > 2 * int(np.ceil(0.125 * alive)), "the first portion broke, so more must follow"

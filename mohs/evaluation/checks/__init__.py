@@ -16,7 +16,7 @@ from mohs.data import Dataset
 from mohs.errors import DataError, ModelError, UsageError, rows_text
 from mohs.evaluation._given import pair
 from mohs.evaluation._quiet import untouched
-from mohs.evaluation.checks import _behaviour, _gradient, _inputs
+from mohs.evaluation.checks import _behaviour, _gradient, _inputs, _slope
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen
 from mohs.records.schema import Finding
@@ -34,7 +34,8 @@ CHECKS: dict[str, tuple[str, Callable[[Probe], Seen]]] = {
     "clean-accuracy": ("clean accuracy", _inputs.clean_accuracy),
     "saturated-logits": ("saturated logits", _gradient.saturated_logits),
     "no-gradient": ("gradient exists", _gradient.no_gradient),
-    "zero-gradient": ("gradient is useful", _gradient.zero_gradient),
+    "zero-gradient": ("gradient is not zero", _gradient.zero_gradient),
+    "gradient-promise": ("gradient keeps its promise", _slope.kept_promise),
 }
 """Every check by id: its name and its function, in the order of the findings."""
 
@@ -70,7 +71,7 @@ def check(
         ModelError: the model raises, or answers with something that is not logits.
         DataError: inputs or labels are not tensors that an attack could use.
 
-    Cost: for n = min(N, 64), 8 passes of n, up to 8 of one, 1 of min(N, 256) - n, and 2 backwards; 2 to 3 more passes
+    Cost: for n = min(N, 64), 9 passes of n, up to 8 of one, 1 of min(N, 256) - n, and 2 backwards; 2 to 3 more passes
     where the model is in training mode or has no gradient.
 
     >>> import mohs, torch
@@ -82,19 +83,23 @@ def check(
     """
     threat = Threat.parse(threat)
     x, y = pair(data)
-    _usable(model, x, y, stated_accuracy, batch)
-    findings = []
+    usable(model, x, y, stated_accuracy, batch)
     with untouched(model, seed):
-        probe = Probe(model, x, y, threat, stated_accuracy, seed, batch)
-        for id_, (name, function) in CHECKS.items():
-            seen = function(probe)
-            findings.append(
-                Finding(id=id_, name=name, severity=seen.severity, saw=seen.saw, means=seen.means, remedy=seen.remedy)
-            )
+        return examine(Probe(model, x, y, threat, stated_accuracy, seed, batch))
+
+
+def examine(probe: Probe) -> list[Finding]:
+    """What every check sees in a sample, in the order of ``CHECKS``."""
+    findings = []
+    for id_, (name, function) in CHECKS.items():
+        seen = function(probe)
+        findings.append(
+            Finding(id=id_, name=name, severity=seen.severity, saw=seen.saw, means=seen.means, remedy=seen.remedy)
+        )
     return findings
 
 
-def _usable(model: nn.Module, x: Any, y: Any, stated: float | None, batch: int | None) -> None:
+def usable(model: nn.Module, x: Any, y: Any, stated: float | None, batch: int | None) -> None:
     """Raise on what no check could look at."""
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -116,4 +121,4 @@ def _usable(model: nn.Module, x: Any, y: Any, stated: float | None, batch: int |
         raise UsageError(f"batch must be a whole number >= 1; got {batch!r}.")
 
 
-__all__ = ["CHECKS", "Finding", "check"]
+__all__ = ["CHECKS", "Finding", "Probe", "check", "examine", "usable"]

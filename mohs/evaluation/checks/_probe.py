@@ -173,7 +173,7 @@ class Probe:
             # with the parameters' own gradients in play a later layer would hide the cut
             x = self.x[:1].detach().clone().requires_grad_(True)
             x = x[torch.zeros(self.batch or 1, dtype=torch.int64, device=x.device)]
-            with torch.enable_grad(), _frozen(self.model):
+            with torch.enable_grad(), frozen(self.model):
                 classify(self.model, x)
         finally:
             for handle in handles:
@@ -201,7 +201,7 @@ def _requires(values: tuple[object, ...]) -> bool:
     return any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
-class _frozen:  # noqa: N801  (a context manager reads as a verb)
+class frozen:  # noqa: N801  (a context manager reads as a verb)
     """Parameters without gradients inside, as before afterwards."""
 
     def __init__(self, model: nn.Module) -> None:

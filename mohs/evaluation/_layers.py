@@ -1,0 +1,139 @@
+"""Which layers lose the gradient, and which only look as if they could stand aside: one traced pass at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mohs.errors import ModelError
+from mohs.evaluation.checks._probe import frozen
+from mohs.gradients import Through
+from mohs.gradients.bpda import identity
+from mohs.objectives import margin
+from mohs.problem import Goal
+from mohs.target import classify
+
+ROWS = 4
+"""Inputs a trace looks at."""
+MOST = 8
+"""Layers a bisection mends at most."""
+
+
+@dataclass
+class Call:
+    """One call of a layer in a forward pass, in order of the calls' ends."""
+
+    name: str
+    module: nn.Module
+    came: Tensor
+    went: Tensor
+    began: int
+
+    @property
+    def fits(self) -> bool:
+        """Could the identity stand in for it?"""
+        return compatible(self.came, self.went)
+
+    @property
+    def bare(self) -> bool:
+        """A layer of the model's own kind without weights: a candidate for rounding, thresholds, pruning, noise."""
+        own = not type(self.module).__module__.startswith("torch.nn.")
+        return own and next(self.module.parameters(), None) is None
+
+
+def trace(model: nn.Module, x: Tensor, back: bool = True) -> list[Call]:
+    """Every call of a layer with a tensor in and a tensor out, as ``model`` answers to ``x``; ``back``: with gradients of the
+    margin of its own answer in ``came.grad`` and ``went.grad``, where they arrive."""
+    calls: list[Call] = []
+    began: dict[int, int] = {}
+    names = {m: n for n, m in model.named_modules() if n}
+    order = iter(range(1 << 30))
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        began[id(module)] = next(order)
+
+    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        came = inputs[0] if inputs else None
+        if isinstance(came, Tensor) and isinstance(output, Tensor) and came.is_floating_point():
+            for tensor in (came, output):
+                if tensor.requires_grad:
+                    tensor.retain_grad()
+            calls.append(Call(names[module], module, came, output, began[id(module)]))
+
+    handles = [m.register_forward_pre_hook(enter) for m in names]
+    handles += [m.register_forward_hook(leave) for m in names]
+    try:
+        with torch.enable_grad(), frozen(model):
+            logits = classify(model, x.detach().clone().requires_grad_(True))
+            if back and logits.requires_grad:
+                _, cotangent = margin(logits.detach(), Goal.leave(logits.argmax(1)))
+                logits.backward(cotangent)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sorted(calls, key=lambda call: call.began)
+
+
+def losing(model: nn.Module, x: Tensor) -> list[str]:
+    """The layers that lose the gradient, the last first: each is passed over and the next one looked for, until a gradient
+    arrives at the input or no layer can be named."""
+    lost: list[str] = []
+    for _ in range(MOST):
+        guide = Through(model, dict.fromkeys(lost)) if lost else model
+        calls = [c for c in trace(guide, x[:ROWS]) if c.fits]
+        found = [c for c in calls if _alive(c.went) and not _alive(c.came) and _name(c, lost) not in lost]
+        if not found:
+            # cut off: what comes out is needed, and cannot be differentiated at all
+            found = [
+                c for c in calls if c.came.requires_grad and not c.went.requires_grad and _name(c, lost) not in lost
+            ][-1:]
+        if not found:
+            return lost
+        inner = min(found, key=lambda c: sum(1 for _ in c.module.modules()))
+        lost.append(_name(inner, lost))
+    return lost
+
+
+def _name(call: Call, lost: list[str]) -> str:
+    return call.name.removeprefix("model.") if lost else call.name
+
+
+def _alive(tensor: Tensor) -> bool:
+    return tensor.grad is not None and bool((tensor.grad != 0).any())
+
+
+def bare(model: nn.Module, x: Tensor) -> list[str]:
+    """Layers of the model's own kinds that have no weights and keep their input's shape."""
+    seen = trace(model, x[:ROWS], back=False)
+    return list(dict.fromkeys(c.name for c in seen if c.bare and c.fits and not list(c.module.children())))
+
+
+def entrances(model: nn.Module, x: Tensor) -> list[str]:
+    """Layers that get something of the shape of an input that is not the input itself, before any weight was used."""
+    found: list[str] = []
+    handed: list[Tensor] = []
+    calls = trace(model, x[:ROWS], back=False)
+    weighted = [c.began for c in calls if next(c.module.parameters(recurse=False), None) is not None]
+    for call in calls:
+        if weighted and call.began > weighted[0]:
+            break
+        came = call.came
+        if any(came is other for other in handed):
+            continue  # a container hands its input on to its first layer
+        itself = came.shape == x[:ROWS].shape and torch.equal(came.detach(), x[:ROWS])
+        if not itself and came.dim() == x.dim() and len(came) % ROWS == 0 and compatible(x[:ROWS], came):
+            found.append(call.name)
+        handed.append(came)
+    return found
+
+
+def compatible(x: Tensor, like: Tensor) -> bool:
+    """Can ``identity`` bring the one into the shape of the other?"""
+    try:
+        identity(x, like)
+    except ModelError:
+        return False
+    return True

@@ -1,0 +1,254 @@
+"""Where an attack gets its gradients from: what is tried when the model's own are suspect, and what won.
+
+The defense, not the attack, decides which gradients work. So before anything else runs, the candidates are tried with one
+short attack on a few examples, and the best one guides the whole plan.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mohs import defenses, records
+from mohs.attacks import APGD, SPGD, attack
+from mohs.errors import MohsError
+from mohs.evaluation import _layers
+from mohs.evaluation.checks._probe import Probe
+from mohs.gradients import BeforeSoftmax, FiniteDifference, Past, Smooth, Straight, Through
+from mohs.regions import L0, L1, Linf
+from mohs.threat import Threat
+
+ROWS = 32
+"""Examples a tactic is tried on."""
+STEPS = 15
+AVERAGE = 10
+"""Evaluations per look where a random model's objectives are averaged."""
+DRAWS = 20
+"""Fresh evaluations that score a random model where the threat does not say."""
+ENOUGH = 0.9
+"""Share of the examples at which nothing better is looked for."""
+CLEARLY = 2
+"""By how many more broken examples a tactic must win over the gradients as they are."""
+
+
+@dataclass(frozen=True)
+class Tactic:
+    """One way to get gradients: a guide (None: the model's own), and how many evaluations are averaged (None: as usual)."""
+
+    name: str
+    guide: nn.Module | None = None
+    average: int | None = None
+    against: str = ""
+
+
+PLAIN = Tactic("gradients as they are")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a tactic broke of the ``n`` examples it was tried on, the mean margin that was left, and the passes it took."""
+
+    tactic: Tactic
+    broken: int
+    n: int
+    margin: float
+    passes: int
+    error: str = ""
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """More broken first, then nearer to breaking."""
+        return self.broken, self.margin
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tactic that guides the plan, and every trial that led to it (none: nothing was suspect)."""
+
+    tactic: Tactic
+    trials: tuple[Trial, ...] = ()
+
+
+def choose(
+    probe: Probe, findings: Sequence[records.Finding], threat: Threat, seed: int, batch: int, *, believe: bool = True
+) -> Choice:
+    """Try what may give better gradients, if anything is suspect, and take the best.
+
+    Args:
+        probe: the model and a sample of the data.
+        findings: of the checks: 'no-gradient', 'zero-gradient', 'gradient-promise' and 'randomness' make the model suspect.
+        threat: with a finite radius.
+        seed, batch: of the trials.
+        believe: use what defenses declare; False: find out.
+
+    Cost: nothing where nothing is suspect; else about 30 passes for each of 32 examples and each tactic, of which there are
+    two to eight, and some hundred passes of finite differences where nothing else helps.
+    """
+    said = defenses.declared(probe.model) if believe else None
+    suspect = {f.id for f in findings if f.severity in ("warn", "block")} & {
+        "no-gradient", "zero-gradient", "gradient-promise", "output-type"
+    }  # fmt: skip
+    if not suspect and not probe.random and (said is None or not said.defenses):
+        return Choice(PLAIN)
+    right = (probe.logits.argmax(1) == probe.y).nonzero().squeeze(1)[:ROWS]
+    if not len(right):
+        return Choice(PLAIN)
+    x, y = probe.x[right], probe.y[right]
+    average = AVERAGE if probe.random else None
+
+    def tried(tactic: Tactic) -> Trial:
+        return trial(tactic, probe.model, x, y, threat, seed, batch)
+
+    trials = [tried(PLAIN if average is None else Tactic("gradients as they are", None, 1))]
+    for tactic in _candidates(probe, suspect, said, average):
+        trials.append(tried(tactic))
+        if trials[-1].broken >= ENOUGH * len(x):
+            break
+    best = _best(trials)
+    if suspect and best.broken < ENOUGH * len(x):
+        sigma = spread(threat, x)
+        trials.append(
+            tried(Tactic(_joined(best.tactic, "smoothed"), Smooth(best.tactic.guide or probe.model, sigma, 8), 1))
+        )
+        best = _best(trials)
+    if suspect and best.broken < min(trials[0].broken + CLEARLY, len(x) // 2):
+        trials.append(tried(Tactic("finite differences", FiniteDifference(probe.model, spread(threat, x), 24), 1)))
+        best = _best(trials)
+    return Choice(best.tactic, tuple(trials))
+
+
+def _candidates(
+    probe: Probe, suspect: set[str], said: defenses.Declaration | None, average: int | None
+) -> Iterator[Tactic]:
+    model, x = probe.model, probe.x
+    if average is not None:
+        yield Tactic(f"mean of {average} evaluations", None, average, "stochastic")
+    if said is not None and said.guide is not None:
+        yield Tactic("as the defense declares", said.guide, average, "declared")
+    if "output-type" in suspect:
+        yield Tactic("what goes into the softmax", BeforeSoftmax(model), average, "vanishing")
+    if not suspect - {"output-type"}:
+        return
+    lost = _layers.losing(model, x)
+    if lost:
+        yield Tactic(f"through {', '.join(lost)}", Through(model, dict.fromkeys(lost)), average, "shattered")
+    bare = [name for name in _layers.bare(model, x) if name not in lost]
+    if bare:
+        names = [*lost, *bare]
+        yield Tactic(f"through {', '.join(names)}", Through(model, dict.fromkeys(names)), average, "shattered")
+    yield Tactic("straight through roundings", Straight(model), average, "shattered")
+    if "no-gradient" in suspect:
+        yield Tactic("straight through all that is cut off", Straight(model, attach=True), average, "shattered")
+    for name in _layers.entrances(model, x)[:4]:
+        yield Tactic(f"past what comes before {name}", Past(model, name), average, "shattered")
+    if "gradient-promise" in suspect or "zero-gradient" in suspect:
+        double = _double(model)
+        if double is not None:
+            yield Tactic("in double precision", double, average, "vanishing")
+
+
+def trial(tactic: Tactic, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, batch: int) -> Trial:
+    """One short attack with the tactic's gradients on the examples; a tactic that cannot run says why."""
+    one = SPGD(steps=STEPS) if isinstance(threat.region, L0) else APGD(steps=STEPS)
+    try:
+        out = attack(
+            one, model, x, y, threat, guide=tactic.guide, average=tactic.average, seed=seed, batch=min(batch, len(x))
+        )
+    except MohsError as error:
+        return Trial(tactic, 0, len(x), -math.inf, 0, str(error).split(". ")[0])
+    return Trial(
+        tactic, int(out.success.sum()), len(x), float(out.margin.clamp(min=-1e30).mean()),
+        int((out.forwards + out.backwards).sum()),
+    )  # fmt: skip
+
+
+def _best(trials: Sequence[Trial]) -> Trial:
+    """The first, which is the cheapest, that nothing later beats clearly."""
+    best = trials[0]
+    for other in trials[1:]:
+        if (best.error and not other.error) or other.broken >= best.broken + CLEARLY:
+            best = other
+    return best
+
+
+def spread(threat: Threat, x: Tensor) -> float:
+    """Standard deviation of a noise that is typical for half the radius, in units of the input."""
+    region, count = threat.region, x[0].numel()
+    width = min(threat.box[1] - threat.box[0], float(x.max() - x.min()) or 1.0)
+    if isinstance(region, L0):
+        return 0.1 * width
+    if isinstance(region, Linf):
+        return min(region.eps / 2, 0.1 * width)
+    even = region.eps / (count if isinstance(region, L1) else count ** (1 / region.p))
+    return min(max(even / 2, 0.01 * width), 0.1 * width)
+
+
+def _joined(tactic: Tactic, word: str) -> str:
+    return word if tactic.guide is None else f"{tactic.name}, {word}"
+
+
+class _Double(nn.Module):
+    """A copy of a model in double precision, for inputs of any."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.copy = copy.deepcopy(model).double()
+        self.train(model.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.copy(x.double())
+
+
+def _double(model: nn.Module) -> nn.Module | None:
+    """A copy in double precision, if it can be copied and is not already one."""
+    if any(p.dtype == torch.float64 for p in model.parameters()):
+        return None
+    try:
+        return _Double(model)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return None
+
+
+REMEDIED = ("no-gradient", "zero-gradient", "gradient-promise", "randomness", "output-type")
+"""Checks whose findings a tactic can answer."""
+
+
+def remedied(findings: Sequence[records.Finding], choice: Choice) -> list[records.Finding]:
+    """The findings after the tactics were tried: what was done about them, and no block where an attack found its way."""
+    if not choice.trials:
+        return list(findings)
+    first, chosen = choice.trials[0], next(t for t in choice.trials if t.tactic is choice.tactic)
+    if chosen is first:
+        done = (
+            f"Tried: {len(choice.trials) - 1} other ways to get gradients; none broke clearly more than the {first.broken} of "
+            f"{first.n} examples that the gradients as they are broke."
+        )
+    else:
+        done = (
+            f"Done: all attacks take their gradients {chosen.tactic.name}. That broke {chosen.broken} of {chosen.n} examples; "
+            f"as they are, {first.broken}."
+        )
+    works = chosen.broken > 0
+    mended = []
+    for finding in findings:
+        if finding.id in REMEDIED and finding.severity in ("warn", "block"):
+            severity = "warn" if works or finding.severity == "warn" else "block"
+            finding = finding.model_copy(update={"severity": severity, "remedy": f"{done} {finding.remedy}".strip()})
+        mended.append(finding)
+    return mended
+
+
+def noted(choice: Choice) -> list[records.Tactic]:
+    """The trials as a record holds them."""
+    return [
+        records.Tactic(
+            name=t.tactic.name, against=t.tactic.against, broken=t.broken, n=t.n, passes=t.passes,
+            chosen=t.tactic is choice.tactic, error=t.error,
+        )
+        for t in choice.trials
+    ]  # fmt: skip

@@ -1,0 +1,143 @@
+"""Straight through functions instead of layers: for models whose code is unknown, as long as it calls torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mohs.errors import ModelError
+from mohs.guide import Guide, instead
+
+STAIRS = frozenset(
+    {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "detach", "fake_quantize_per_tensor_affine"}
+)
+"""Functions of torch that keep the shape of their first argument and have no useful gradient."""
+SOFT = frozenset({"softmax", "log_softmax", "sigmoid"})
+
+
+class _Mended(TorchFunctionMode):
+    """While active, stairs are passed straight through, and gradients are recorded even where the model forbids it."""
+
+    def __init__(self, x: Tensor, attach: bool) -> None:
+        super().__init__()
+        self.x, self.attach = x, attach
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        with torch.enable_grad():
+            if self.attach:
+                args = tuple(self._attached(value) for value in args)
+            first = args[0] if args else None
+            if name in STAIRS and isinstance(first, Tensor) and first.requires_grad:
+                with torch.no_grad():
+                    value = func(*args, **kwargs)
+                return instead(value, first) if isinstance(value, Tensor) and value.shape == first.shape else value
+            return func(*args, **kwargs)
+
+    def _attached(self, value: Any) -> Any:
+        loose = (
+            isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.requires_grad
+            and value.is_floating_point() and value.shape == self.x.shape and value.dtype == self.x.dtype
+        )  # fmt: skip
+        return instead(value, self.x) if loose else value
+
+
+class Straight(Guide):
+    """A model whose roundings, signs and detachments have the backward pass of the identity, wherever its code calls them.
+
+    For functions that are no layers of their own, and for modules that show none: each call of ``torch.round``, ``floor``,
+    ``sign``, ``Tensor.detach`` and the like is passed straight through, and ``torch.no_grad`` has no effect.
+
+    Args:
+        model: the classifier.
+        attach: also let the gradient go on to the input from every tensor of the input's shape that is cut off from it, as
+            what comes back from numpy or an image library is.
+
+    It cannot see into compiled code, and a custom ``torch.autograd.Function`` keeps its backward pass.
+
+    >>> class Coarse(nn.Module):
+    ...     def forward(self, x):
+    ...         return (x * 3).round() @ torch.eye(2)
+    >>> x = torch.rand(1, 2, requires_grad=True)
+    >>> (g,) = torch.autograd.grad(Straight(Coarse().eval())(x)[:, 0].sum(), x)
+    >>> g.tolist()
+    [[3.0, 0.0]]
+
+    **Differs from the paper**: it finds the calls by itself.
+    **Source**: A. Athalye, N. Carlini, D. Wagner, "Obfuscated gradients give a false sense of security", ICML 2018,
+    section 4.1; Y. Bengio, N. Leonard, A. Courville, "Estimating or propagating gradients through stochastic neurons", 2013.
+    """
+
+    def __init__(self, model: nn.Module, attach: bool = False) -> None:
+        super().__init__(model)
+        self.attach = attach
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's logits, bit for bit."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.model(x)
+        with _Mended(x, self.attach):
+            return self.model(x)
+
+    def extra_repr(self) -> str:
+        """What a record names."""
+        return f"attach={self.attach}"
+
+
+class _Listening(TorchFunctionMode):
+    """Keeps what goes into the first softmax (or the like) over single answers."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.heard = rows, None
+
+    heard: Tensor | None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        value = args[0] if args else None
+        fits = isinstance(value, Tensor) and value.dim() == 2 and len(value) == self.rows
+        if self.heard is None and fits and getattr(func, "__name__", "") in SOFT:
+            self.heard = value
+        return func(*args, **(kwargs or {}))
+
+
+class BeforeSoftmax(nn.Module):
+    """What goes into a model's first softmax over the classes: the logits it does not show.
+
+    Probabilities that have rounded to 0 and 1 have no gradient; the values before them do. The answers are others than the
+    model's, though mostly in the same order, so what is found with this guide is confirmed on the model.
+
+    Args:
+        model: a classifier that calls ``softmax``, ``log_softmax`` or ``sigmoid`` on [B, K].
+
+    Raises:
+        ModelError: at the first call, where it does not.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.Softmax(1)).eval()
+    >>> x = torch.rand(4, 2)
+    >>> torch.equal(BeforeSoftmax(net)(x), net[0](x))
+    True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, K]."""
+        with _Listening(len(x)) as mode:
+            self.model(x)
+        if mode.heard is None:
+            raise ModelError(
+                "The model calls no softmax over [B, K], so there is nothing before it. Use it as it is, or another guide."
+            )
+        return mode.heard
