@@ -9,6 +9,7 @@ from mohs.records.anytime import confidence_sequence, finite_sequence, mean_boun
 from mohs.records.diff import Diff, diff
 from mohs.records.header import load_header
 from mohs.records.ledger import Ledger
+from mohs.records.looks import Look, look, looks_beside, read_looks
 from mohs.records.record import Record
 from mohs.records.rows import CertificateRows, Examples, Results
 from mohs.records.run import Run, open_run
@@ -55,6 +56,7 @@ __all__ = [
     "Finding",
     "Header",
     "Ledger",
+    "Look",
     "Plan",
     "Record",
     "Results",
@@ -72,12 +74,15 @@ __all__ = [
     "finite_sequence",
     "identity_of",
     "load_header",
+    "look",
+    "looks_beside",
     "lower_bound",
     "mcnemar",
     "mcnemar_of",
     "mean_bounds",
     "median_interval",
     "open_run",
+    "read_looks",
     "upper_bound",
     "write_atomically",
 ]
