@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from record_builder import build
 
 from mohs.errors import DataError, RecordError
 from mohs.evaluation.seal import new_salt, open_seal, seal, unseal
-from mohs.records import Look, Record, Sealed, look, looks_beside, read_looks
+from mohs.records import Look, Record, Sealed, look, looks, looks_beside, read_looks
 from mohs.reports import words
 
 SALT = "0123456789abcdef"
@@ -84,8 +86,16 @@ class TestLooks:
         assert look(path, "c", who="x", run="r2").look == 3
         assert [x.commitment for x in read_looks(path)] == ["c", "", "d", "c"]
 
-    def test_writers_at_once_do_not_lose_each_others_looks(self, tmp_path: Path) -> None:
-        path = tmp_path / "looks.jsonl"
+    def test_writers_at_once_do_not_lose_each_others_looks(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, parsed = tmp_path / "looks.jsonl", looks._parsed
+
+        def slowly(*arguments: Any) -> list[Look]:
+            time.sleep(0.02)  # between reading the list and adding to it
+            return parsed(*arguments)
+
+        monkeypatch.setattr(looks, "_parsed", slowly)
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda run: look(path, "c", who="x", run=run).look, "abcdefgh"))
         assert sorted(found) == list(range(1, 9))
