@@ -71,6 +71,13 @@ Queries = Annotated[
 Control = Annotated[
     int | None, Parameter(group=_how, help="examples that every attack is tried on, broken or not (default: 100)")
 ]
+Adaptive = Annotated[
+    Literal["declared", "blind", "off"],
+    Parameter(
+        group=_how,
+        help="how to find gradients where the model hides them: with what defenses declare, without believing them, or not at all",
+    ),
+]
 Stated = Annotated[float | None, Parameter(group=_how, help="clean accuracy the model is said to have, 0 to 1")]
 
 
@@ -169,7 +176,7 @@ def run(
     access: AccessName = "gradient", queries: Queries = None,
     weights: Weights = None, answers: Answers = None, classes: Classes = None,
     n: Count = None, split: Split = "test", stated_accuracy: Stated = None,
-    seed: Seed = 0, batch: Batch = None, control: Control = None,
+    seed: Seed = 0, batch: Batch = None, control: Control = None, adaptive: Adaptive = "declared",
 ) -> int:  # fmt: skip
     """Attack a model, record the evidence, and give a verdict on a claim.
 
@@ -199,7 +206,7 @@ def run(
         with screen.Progress() as progress:
             record = evaluate(
                 net, dataset, parsed, plan=chosen, claim=stated, out=out, certificates=proofs, seed=seed,
-                batch=batch, control=control, stated_accuracy=stated_accuracy,
+                batch=batch, control=control, adaptive=adaptive, stated_accuracy=stated_accuracy,
                 subject=_spec(model, weights, answers, classes), command=_command(),
                 notify=progress.notify,
             )  # fmt: skip

@@ -86,6 +86,10 @@ def record(rec: Record) -> None:
     loud = [f for f in head.checks if f.severity in ("warn", "block")]
     if loud:
         findings(loud)
+    if head.tactics:
+        from mohs.reports import words
+
+        out.print(f"[bold]gradients[/] {escape(words.tactics(head))}", soft_wrap=True)
     out.print(table)
     for text in head.limits:
         out.print(f"[bold yellow]note[/] {escape(text)}", soft_wrap=True)

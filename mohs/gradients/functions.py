@@ -16,6 +16,8 @@ STAIRS = frozenset(
     {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "detach", "fake_quantize_per_tensor_affine"}
 )
 """Functions of torch that keep the shape of their first argument and have no useful gradient."""
+OUTSIDE = frozenset({"numpy", "__array__", "__dlpack__", "tolist", "item"})
+"""Ways out of torch, which want a tensor without a graph."""
 SOFT = frozenset({"softmax", "log_softmax", "sigmoid"})
 
 
@@ -34,6 +36,8 @@ class _Mended(TorchFunctionMode):
             if self.attach:
                 args = tuple(self._attached(value) for value in args)
             first = args[0] if args else None
+            if name in OUTSIDE and isinstance(first, Tensor) and first.requires_grad:
+                args = (first.detach(), *args[1:])
             if name in STAIRS and isinstance(first, Tensor) and first.requires_grad:
                 with torch.no_grad():
                     value = func(*args, **kwargs)

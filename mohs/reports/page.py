@@ -81,6 +81,7 @@ def _content(record: Record) -> dict[str, Any]:
         "broken": int((record.breaker >= 0).sum()),
         "loud": sorted((f for f in header.checks if f.severity != "ok"), key=_loudness),
         "quiet": [f for f in header.checks if f.severity == "ok"],
+        "tactics": words.tactics(header),
         "limits": words.limits(record),
         "facts": _facts(record),
         "plain": plain.text(record),

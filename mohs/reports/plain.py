@@ -40,6 +40,8 @@ def text(record: Record) -> str:
             lines.append(f"  {f.severity.upper():<6}{f.id} {f.name}: {f.saw}")
             if f.remedy:
                 lines.append(f"        do: {f.remedy}")
+    if header.tactics:
+        lines += ["", f"Gradients: {words.tactics(header)}"]
     lines += ["", f"record    {record.dir}", f"model     {header.subject.spec}  {header.subject.weights_sha256[:16]}"]
     lines += [f"data      {header.data.spec}  n = {record.n:,}  {header.data.hash[:16]}"]
     if header.command:

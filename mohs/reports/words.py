@@ -148,6 +148,23 @@ def headline(record: Record) -> tuple[str, str]:
     return first[:1].upper() + first[1:], rest
 
 
+def tactics(header: Header) -> str:
+    """Where the attacks took their gradients from, and what that gained; '' where nothing was suspect."""
+    chosen = next((t for t in header.tactics if t.chosen), None)
+    if chosen is None:
+        return ""
+    first = header.tactics[0]
+    if chosen == first:
+        return (
+            f"The model's gradients were suspect. Of {len(header.tactics) - 1} other ways to get them, tried with a short attack, "
+            f"none broke clearly more than the {first.broken} of {first.n} examples that they broke as they are."
+        )
+    return (
+        f"The model's gradients were suspect, so other ways to get them were tried with a short attack. All attacks take them "
+        f"{chosen.name}: that broke {chosen.broken} of {chosen.n} examples, the gradients as they are {first.broken}."
+    )
+
+
 def limits(record: Record) -> list[str]:
     """What the record does not say: true of every record, and of this one."""
     header = record.header

@@ -1,0 +1,239 @@
+"""Planted models that hide their gradients: the engine must find by itself what breaks them, and leave honest ones alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mohs
+from mohs import defenses
+from mohs.evaluation import tactics
+from mohs.evaluation.checks import Probe, examine
+from mohs.evaluation.plans import Plan, PlanStep
+from mohs.gradients import Through
+from mohs.threat import Threat
+
+Build = Callable[[nn.Module], nn.Module]
+
+
+class Layer(nn.Module):
+    """A layer without weights."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Wrapped(nn.Module):
+    """A function of net and input that is no layer."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor], net: nn.Module) -> None:
+        super().__init__()
+        self.function, self.net = function, net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.net, x)
+
+
+class Hidden(nn.Module):
+    """A model that shows no layers."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["net"] = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+class Backward(torch.autograd.Function):
+    """The identity with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change  # type: ignore[attr-defined]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.change(g), None  # type: ignore[attr-defined]
+
+
+def coarse(x: Tensor) -> Tensor:
+    return (x * 7).round() / 7
+
+
+def through_numpy(x: Tensor) -> Tensor:
+    return torch.from_numpy(np.round(x.detach().numpy() * 7) / 7)
+
+
+def noisy_gradient(x: Tensor) -> Tensor:
+    return Backward.apply(x, lambda g: g + 10 * g.abs().mean() * torch.randn_like(g))
+
+
+def dead(x: Tensor) -> Tensor:
+    return Backward.apply(x, torch.zeros_like)
+
+
+def after_each_relu(net: nn.Module) -> nn.Module:
+    net = copy.deepcopy(net)
+    for name, child in list(net.named_children()):
+        if isinstance(child, nn.ReLU):
+            setattr(net, name, nn.Sequential(child, Layer(dead)))
+    return net.eval()
+
+
+def chain(*parts: nn.Module) -> nn.Module:
+    return nn.Sequential(*parts).eval()
+
+
+PLANTED: dict[str, tuple[Build, str, str]] = {
+    "a layer that rounds": (lambda net: chain(Layer(coarse), net), "zero-gradient", "through 0"),
+    "a rounding call": (lambda net: Wrapped(lambda n, x: n(coarse(x)), net).eval(), "zero-gradient", "straight through"),
+    "rounding in a model that shows nothing": (
+        lambda net: Hidden(chain(Layer(coarse), net)).eval(), "zero-gradient", "straight through"
+    ),
+    "detached": (lambda net: Wrapped(lambda n, x: n(x.detach()), net).eval(), "no-gradient", "straight through"),
+    "a codec in numpy": (lambda net: Hidden(chain(Layer(through_numpy), net)).eval(), "no-gradient", "cut off"),
+    "a dead layer": (lambda net: chain(Layer(dead), net), "zero-gradient", "through 0"),
+    "dead layers inside": (after_each_relu, "zero-gradient", "through 6.1, 3.1, 1.1"),
+    "noise on the gradient": (lambda net: chain(Layer(noisy_gradient), net), "gradient-promise", "through 0"),
+    "saturated probabilities": (
+        lambda net: Wrapped(lambda n, x: (100 * n(x)).softmax(1), net).eval(), "output-type", "goes into the softmax"
+    ),
+    "noise and rounding": (
+        lambda net: Hidden(chain(Layer(lambda x: coarse(x + 0.05 * torch.randn_like(x))), net)).eval(),
+        "zero-gradient", "straight through",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data() -> mohs.data.Dataset:
+    return mohs.data.load("bundled:fashion-mnist", n=60)
+
+
+def small() -> nn.Module:
+    """The bundled net, whose layers 1, 3 and 6 are ReLUs."""
+    return mohs.models.load("bundled:fashion-natural")
+
+
+def chosen(model: nn.Module, data: mohs.data.Dataset, believe: bool = True) -> tuple[tactics.Choice, list[str]]:
+    threat = Threat.parse("linf:0.1")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        probe = Probe(model, data.x, data.y, threat, batch=64)
+        findings = examine(probe)
+        if probe.random:
+            threat = probe.threat = Threat(threat.region, draws=20)
+        choice = tactics.choose(probe, findings, threat, 0, 64, believe=believe)
+    return choice, [f.id for f in findings if f.severity in ("warn", "block")]
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_model_trips_its_check_and_is_broken_all_the_same(name: str, data: mohs.data.Dataset) -> None:
+    build, check, found = PLANTED[name]
+    choice, loud = chosen(build(small()), data)
+    assert check in loud
+    assert found in choice.tactic.name
+    first, best = choice.trials[0], max(choice.trials, key=lambda t: t.broken)
+    assert best.broken >= 0.8 * best.n
+    assert first.broken <= 0.5 * first.n
+    assert next(t for t in choice.trials if t.tactic is choice.tactic).broken >= best.broken - tactics.CLEARLY
+
+
+@pytest.mark.parametrize("name", ["fashion-natural", "fashion-pgd"])
+def test_an_honest_net_costs_nothing_and_keeps_its_gradients(name: str, data: mohs.data.Dataset) -> None:
+    choice, loud = chosen(mohs.models.load(f"bundled:{name}"), data)
+    assert loud == []
+    assert choice == tactics.Choice(tactics.PLAIN)
+
+
+def test_only_noise_is_averaged(data: mohs.data.Dataset) -> None:
+    choice, loud = chosen(chain(Layer(lambda x: x + 0.3 * torch.randn_like(x)), small()), data)
+    assert "zero-gradient" not in loud
+    assert [t.tactic.average for t in choice.trials] == [1, tactics.AVERAGE]
+
+
+def test_a_declaration_is_used_or_withheld(data: mohs.data.Dataset) -> None:
+    model = defenses.BitDepth(3)(small()).eval()
+    said, _ = chosen(model, data)
+    assert said.tactic.name == "as the defense declares"
+    found, _ = chosen(model, data, believe=False)
+    assert found.tactic.name != "as the defense declares"
+    broken = [next(t.broken for t in c.trials if t.tactic is c.tactic) for c in (said, found)]
+    assert abs(broken[0] - broken[1]) <= tactics.CLEARLY
+
+
+def plan() -> Plan:
+    return Plan("short", (PlanStep.make("PGD", {"steps": 10}),))
+
+
+def test_the_record_tells_what_was_done(data: mohs.data.Dataset, tmp_path: Path) -> None:
+    model = chain(Layer(coarse), small())
+    naive = mohs.evaluate(model, data, "linf:0.1", plan=plan(), adaptive="off", control=0)
+    record = mohs.evaluate(
+        model, data, "linf:0.1", plan=plan(), control=0, out=tmp_path / "run", claim="accuracy >= 0.5"
+    )
+    assert naive.verdict is None
+    assert [f.severity for f in naive.header.checks if f.id == "zero-gradient"] == ["block"]
+    assert record.robust_accuracy < 0.2
+    assert record.verdict is not None
+    assert record.verdict.word == "refuted"
+    (finding,) = [f for f in record.header.checks if f.id == "zero-gradient"]
+    assert finding.severity == "warn"
+    assert finding.remedy.startswith("Done: all attacks take their gradients through 0.")
+    (tactic,) = [t for t in record.header.tactics if t.chosen]
+    assert tactic.name == "through 0"
+    page = mohs.reports.render(record, tmp_path / "page.html").read_text()
+    assert "Where the gradients came from" in page
+    assert "through 0" in page
+    assert "Gradients: " in mohs.reports.text(record)
+    again = mohs.evaluate(model, data, "linf:0.1", plan=plan(), control=0)
+    assert again.header.ledger_digest == record.header.ledger_digest
+
+
+def test_a_random_model_is_scored_on_fresh_draws(data: mohs.data.Dataset) -> None:
+    model = chain(Layer(lambda x: x + 0.2 * torch.randn_like(x)), small())
+    record = mohs.evaluate(model, data, "linf:0.1", plan=plan(), control=0)
+    assert record.header.threat["draws"] == tactics.DRAWS
+    off = mohs.evaluate(model, data, "linf:0.1", plan=plan(), control=0, adaptive="off")
+    assert off.header.threat["draws"] == 0
+    assert any(f.id == "randomness" and f.severity == "block" for f in off.header.checks)
+
+
+def test_where_nothing_works_the_block_stays(data: mohs.data.Dataset) -> None:
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.eye(10)[torch.zeros(len(x), dtype=torch.int64)] + 0 * x.flatten(1).sum(1, keepdim=True)
+
+    zeros = mohs.data.Dataset(data.x, torch.zeros_like(data.y))
+    record = mohs.evaluate(Constant().eval(), zeros, "linf:0.1", plan=plan(), control=0, claim="accuracy >= 0.5")
+    assert record.verdict is not None
+    assert record.verdict.word == "blocked"
+
+
+def test_a_guide_that_cannot_run_says_why(data: mohs.data.Dataset) -> None:
+    class Refuses(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise mohs.errors.ModelError("No. Not today.")
+
+    bad = tactics.Tactic("refuses", Refuses().eval())
+    tried = tactics.trial(bad, small(), data.x[:4], data.y[:4], Threat.parse("linf:0.1"), 0, 4)
+    assert (tried.broken, tried.error) == (0, "No")
+    assert isinstance(tactics.Tactic("x", Through(small(), {})).guide, nn.Module)
+
+
+@pytest.mark.parametrize("value", ["yes", "", None])
+def test_an_unknown_way_to_adapt_is_refused(value: object, data: mohs.data.Dataset) -> None:
+    with pytest.raises(mohs.errors.UsageError, match="'declared', 'blind' or 'off'"):
+        mohs.evaluate(small(), data, "linf:0.1", adaptive=value)  # type: ignore[arg-type]
