@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mohs.errors import UsageError
 from mohs.gradients.bpda import instead_of
 from mohs.guide import Guide
 
@@ -19,15 +20,24 @@ class Defense:
     The usual one changes the input: ``transform`` is what is deployed, ``stand_in`` a differentiable function like it
     (default: the identity). One that does more overrides ``answer``.
 
-    ``random``: do two answers to one input differ? ``smooth``: does ``transform`` have a useful gradient of its own?
+    ``random``: do two answers to one input differ? ``smooth``: does it have a useful gradient of its own? ``unit``: does it
+    need inputs in [0, 1]? ``rejects``: is the last logit the rejection of the input?
     """
 
     random: ClassVar[bool] = False
     smooth: ClassVar[bool] = False
+    unit: ClassVar[bool] = False
+    rejects: ClassVar[bool] = False
 
-    def __call__(self, model: nn.Module) -> Defended:
-        """The defended classifier, in the mode of ``model``."""
-        return Defended(self, model)
+    def __call__(self, *models: nn.Module) -> nn.Module:
+        """The defended classifier, in the mode of the model; only ensembles take more than one."""
+        if len(models) != 1:
+            raise UsageError(
+                f"{type(self).__name__} defends one model; got {len(models)}. Call it with one, such as "
+                f"{type(self).__name__}(...)(model); several models go into MeanLogits, MeanProbabilities, MajorityVote "
+                "or RejectDisagreement."
+            )
+        return Defended(self, models[0])
 
     def transform(self, x: Tensor) -> Tensor:
         """What the classifier gets to see of inputs [B, ...]."""
@@ -51,7 +61,13 @@ class Defense:
         return model(self.prepare(x, guiding))
 
 
-class Defended(nn.Module):
+class Switch(nn.Module):
+    """A module that ``Honest`` tells when to give the gradients that an honest attacker is to get."""
+
+    guiding: bool = False
+
+
+class Defended(Switch):
     """A classifier behind a defense. It can be defended again, or stand inside any other module.
 
     >>> from mohs.defenses import BitDepth
@@ -63,8 +79,7 @@ class Defended(nn.Module):
     def __init__(self, defense: Defense, model: nn.Module) -> None:
         super().__init__()
         self.defense, self.model = defense, model
-        self.guiding = False
-        self.train(model.training)
+        self.training = model.training  # not train(), which would change the mode of what is inside
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, K]."""
@@ -80,7 +95,7 @@ class Honest(Guide):
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's logits, bit for bit."""
-        layers = [m for m in self.model.modules() if isinstance(m, Defended)]
+        layers = [m for m in self.model.modules() if isinstance(m, Switch)]
         try:
             for layer in layers:
                 layer.guiding = True
@@ -92,15 +107,63 @@ class Honest(Guide):
 
 @dataclass(frozen=True)
 class Declaration:
-    """What the defenses inside a model declare: the guide to attack with (None: the model's own gradients do), randomness."""
+    """What the defenses inside a model, outermost first, declare.
+
+    Args:
+        defenses: each of them.
+        guide: what an honest attack gets its gradients from; None: the model's own do.
+        random: is any of them random? Then the threat needs ``draws``.
+        unit: does any of them need inputs in [0, 1]? Then no threat with another box makes sense.
+        rejects: is the last logit of the model the rejection of an input?
+    """
 
     defenses: tuple[Any, ...]
     guide: nn.Module | None
     random: bool
+    unit: bool
+    rejects: bool
 
 
 def declared(model: nn.Module) -> Declaration:
     """What the defenses inside ``model`` declare; of a model without any: nothing."""
     defenses = tuple(m.defense for m in model.modules() if isinstance(m, Defended))
     hiding = any(not d.smooth for d in defenses)
-    return Declaration(defenses, Honest(model) if hiding else None, any(d.random for d in defenses))
+    return Declaration(
+        defenses,
+        Honest(model) if hiding else None,
+        random=any(d.random for d in defenses),
+        unit=any(d.unit for d in defenses),
+        rejects=isinstance(model, Defended) and _rejects(model),
+    )
+
+
+def _rejects(model: Defended) -> bool:
+    """Is the last logit the rejection, made here or by what stands directly inside?"""
+    return model.defense.rejects or (isinstance(model.model, Defended) and _rejects(model.model))
+
+
+@dataclass(frozen=True, init=False)
+class Stack(Defense):
+    """Several defenses, in the order in which data pass through them; the last one stands next to the classifier.
+
+    >>> from mohs.defenses import BitDepth
+    >>> net = Stack(BitDepth(3), BitDepth(1))(nn.Linear(4, 2))
+    >>> [d.bits for d in declared(net).defenses]
+    [3, 1]
+    """
+
+    defenses: tuple[Defense, ...]
+
+    def __init__(self, *defenses: Defense) -> None:
+        object.__setattr__(self, "defenses", defenses)
+
+    def __call__(self, *models: nn.Module) -> nn.Module:
+        """The classifier behind all of them; of no defense, the classifier itself."""
+        if not self.defenses:
+            (model,) = models
+            return model
+        *outer, inner = self.defenses
+        model = inner(*models)
+        for defense in reversed(outer):
+            model = defense(model)
+        return model

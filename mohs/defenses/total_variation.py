@@ -1,0 +1,68 @@
+"""Total variation minimisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from mohs.defenses._base import Defense
+from mohs.defenses._scikit import on_channels, restoration
+from mohs.defenses._settings import by_image, images, number, numpy_generator, unit
+
+
+@dataclass(frozen=True)
+class TotalVariation(Defense):
+    """Keeps a random part of the pixels and puts the smoothest image through them.
+
+        x -> argmin_z  ||m (z - x)||^2 + weight/2 TV(z),   m a random mask, the same for all channels
+
+    Dropped pixels are unknown, so a change has only the kept ones to work on, which are others at each call. There is no
+    gradient; the identity going back, averaged over draws, breaks it.
+
+    Args:
+        keep: probability that a pixel is kept, above 0 and at most 1.
+        weight: of the total variation; larger is smoother. Units of the input.
+        rounds: how often dropped pixels are filled in from the last solution; more come nearer to the minimum.
+
+    Raises:
+        UsageError: other numbers, or scikit-image is missing (the extra ``images``).
+        ModelError: at the first call, on inputs that are no images in [0, 1].
+
+    Cost: ``rounds`` minimisations per image on the CPU, about a millisecond each for 28 x 28 pixels.
+
+    **Differs from the paper**: the masked problem is solved by majorisation: fill the dropped pixels with the last solution (at
+    first with the mean of the kept ones), minimise without a mask, repeat. Isotropic variation of each channel.
+    **Source**: C. Guo, M. Rana, M. Cisse, L. van der Maaten, "Countering adversarial images using input transformations",
+    ICLR 2018, section 3.3, equations 2 and 3; T. Goldstein, S. Osher, "The split Bregman method", SIAM J. Imaging Sci. 2009.
+    """
+
+    keep: float = 0.5
+    weight: float = 0.03
+    rounds: int = 5
+    random: ClassVar[bool] = True
+    unit: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        number(self.keep, "keep", 0, 1, above=True)
+        number(self.weight, "weight", 0, above=True)
+        number(self.rounds, "rounds", 1, whole=True)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [0, 1], reconstructed from a part of their pixels."""
+        minimise = restoration("TotalVariation").denoise_tv_bregman
+        generator = numpy_generator()
+
+        def reconstruct(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            kept = generator.random(image.shape[1:]) < self.keep
+            if not kept.any():
+                kept = np.ones_like(kept)
+            found = np.broadcast_to(image[:, kept].mean(1)[:, None, None], image.shape)
+            for _ in range(self.rounds):
+                # the library minimises TV(z) + w ||z - f||^2
+                found = on_channels(minimise, np.where(kept, image, found), weight=2 / self.weight)
+            return found
+
+        return by_image(reconstruct, unit(images(x, "TotalVariation")))
