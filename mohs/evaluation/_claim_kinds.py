@@ -261,7 +261,7 @@ class Median(Claim):
         base = sizes.baseline
         if (self.of is None) != (base is None):
             raise ClaimError(
-                f"The claim '{self}' {'needs' if base is None else 'has no'} baseline. Give Sizes(baseline=...) for "
+                f"The claim '{self}' {'needs a' if base is None else 'has no'} baseline. Give Sizes(baseline=...) for "
                 "'median >= 2 x NAME', and only for that."
             )
         alpha = sizes.alpha / (1 if base is None else 2)

@@ -300,7 +300,7 @@ def test_a_stale_verdict_never_stands_under_another_claim(tmp_path: Path, monkey
 
     data, out = images().take(8), tmp_path / "run"
     evaluate(data, claim="accuracy >= 0.9", out=out)
-    monkeypatch.setattr(engine.claims, "verdict", stop)
+    monkeypatch.setattr(engine.claims, "of_record", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(data, claim="accuracy >= 0.1", out=out)
     header = records.load_header(out)
