@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mohs.certificates import certify
     from mohs.errors import MohsError
     from mohs.evaluation import check, evaluate, minimum_norm
+    from mohs.evaluation.exam import exam
     from mohs.problem import Goal, Problem
     from mohs.regions import L0, L1, L2, Linf, Lp
     from mohs.target import Target
@@ -30,7 +31,7 @@ _HOME = {
     **{name: f"mohs.attacks:{name}" for name in ("Outcome", "Stop", "attack")},
     **{name: f"mohs.regions:{name}" for name in ("L0", "L1", "L2", "Linf", "Lp")},
     **{name: f"mohs.threat:{name}" for name in ("Access", "Knowledge", "Threat")},
-    **{name: f"mohs.evaluation:{name}" for name in ("check", "evaluate", "minimum_norm")},
+    **{name: f"mohs.evaluation:{name}" for name in ("check", "evaluate", "exam", "minimum_norm")},
     **{name: f"mohs.problem:{name}" for name in ("Goal", "Problem")},
     "certify": "mohs.certificates:certify",
     "MohsError": "mohs.errors:MohsError",
@@ -54,6 +55,6 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "L0", "L1", "L2", "Access", "Goal", "Knowledge", "Linf", "Lp", "MohsError", "Outcome", "Problem", "Stop", "Target",
-    "Threat", "attack", "attacks", "certificates", "certify", "check", "data", "defenses", "evaluate", "evaluation",
+    "Threat", "attack", "attacks", "certificates", "certify", "check", "data", "defenses", "evaluate", "evaluation", "exam",
     "minimum_norm", "models", "objectives", "records", "reports",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from mohs.evaluation.claims import (
 from mohs.evaluation.distance import Distances, minimum_norm
 from mohs.evaluation.engine import evaluate
 from mohs.evaluation.evidence import Counts, Detections, Evidence, Scores, Sizes
+from mohs.evaluation.exam import Exam, exam
 from mohs.evaluation.plans import Plan, PlanStep, available_plans, load_plan
 from mohs.evaluation.replay import Replayed, replay
 from mohs.evaluation.robustness import rho_adv, smallest_radius
@@ -28,6 +29,7 @@ __all__ = [
     "Detections",
     "Distances",
     "Evidence",
+    "Exam",
     "Median",
     "Plan",
     "PlanStep",
@@ -39,6 +41,7 @@ __all__ = [
     "check",
     "decided",
     "evaluate",
+    "exam",
     "judge",
     "load_plan",
     "minimum_norm",

@@ -1,0 +1,81 @@
+"""The sitting of an exam: a plan's stages over the planted points, as an evaluation would run them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mohs.attacks import Attack, attack, by_distance, by_logit
+from mohs.evaluation._needle import Hidden
+from mohs.evaluation._order import LEAST, WORTH
+from mohs.evaluation.plans import PlanStep
+from mohs.threat import Threat
+
+GuideFactory = Callable[[nn.Module], nn.Module | None]
+"""Makes the guide of a classifier; the exam's modules have the names they have in the model under test."""
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, examples done, of how many)."""
+
+
+@dataclass
+class Room:
+    """One example under examination."""
+
+    example: int
+    hidden: Hidden
+    best: Tensor
+    margin: float = -math.inf
+    broken: bool = False
+    tried: bool = False
+
+
+@dataclass
+class Sitting:
+    """The attack's stages over all rooms, in the order and with the shares of an evaluation."""
+
+    threat: Threat
+    rooms: list[Room]
+    guide: GuideFactory | None
+    average: int | None
+    seed: int
+    progress: Progress | None
+    spent: int = 0
+
+    def stage(self, step: PlanStep, method: Attack) -> None:
+        """One attack on its share of the rooms not yet broken; a portion that breaks enough is followed by the next."""
+        for portion, far in self._portions(step.share):
+            for room in portion:
+                self._try(room, step, method)
+            if self.progress is not None:
+                self.progress(step.label, sum(r.broken for r in self.rooms), len(self.rooms))
+            if sum(r.broken for r in far) < WORTH * max(len(far), 1):
+                break
+
+    def _portions(self, share: float) -> Iterator[tuple[list[Room], list[Room]]]:
+        alive = sorted((r for r in self.rooms if not r.broken), key=lambda r: -r.margin)
+        size = max(math.ceil(share * len(alive)), math.ceil(len(self.rooms) * LEAST), 1)
+        head, tail = alive[:size], alive[size:]
+        yield head + [r for r in tail if not r.tried], head[len(head) // 2 :]
+        rest = [r for r in tail if r.tried]
+        for at in range(0, len(rest), size):
+            part = rest[at : at + size]
+            yield part, part[len(part) // 2 :]
+
+    def _try(self, room: Room, step: PlanStep, method: Attack) -> None:
+        model, x = room.hidden.model, room.hidden.x
+        warm = step.start == "best" and room.tried and self.threat.queries is None
+        rank: Any = by_distance if step.rank == "distance" else by_logit
+        found = attack(
+            method, model, x, torch.zeros(1, dtype=torch.int64, device=x.device), self.threat, restarts=step.restarts,
+            aims=min(step.aims, 1), rank=rank, start=room.best if warm else None, seed=self.seed,
+            guide=None if self.guide is None else self.guide(model), average=self.average,
+        )  # fmt: skip
+        self.spent += found.spent
+        room.tried, room.broken = True, bool(found.success)
+        if float(found.margin) > room.margin:
+            room.best, room.margin = found.x, float(found.margin)
