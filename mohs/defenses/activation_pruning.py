@@ -68,6 +68,8 @@ class ActivationPruning(Defense):
 
     def _pruned(self, a: Tensor, guiding: bool) -> Tensor:
         flat = a.flatten(1)
+        if not len(flat):  # no index can be drawn
+            return a
         size = flat.abs()
         total = size.sum(1, keepdim=True)
         p = torch.where(total > 0, size / total.clamp_min(torch.finfo(a.dtype).tiny), 1 / flat.shape[1])

@@ -24,6 +24,8 @@ class BitDepth(Defense):
     Raises:
         UsageError: another number of bits.
 
+    Cost: none worth naming.
+
     >>> BitDepth(1).transform(Tensor([0.2, 0.7])).tolist()
     [0.0, 1.0]
 

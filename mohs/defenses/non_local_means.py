@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from mohs.defenses._base import Defense
-from mohs.defenses._scikit import on_channels, restoration
+from mohs.defenses._scikit import restoration
 from mohs.defenses._settings import by_image, images, number, unit
 
 
@@ -18,7 +19,8 @@ class NonLocalMeans(Defense):
 
         x_i -> sum_j w_ij x_j / sum_j w_ij,   w_ij = exp(-d(patch_i, patch_j)^2 / strength^2)
 
-    Noise averages out while structure stays. It is treated as having no gradient; the identity going back breaks it.
+    Noise averages out while structure stays. The implementation has no gradient; the identity going back breaks it as
+    well as the true gradient does.
 
     Args:
         strength: cut-off distance between patches, in units of the input; larger is smoother.
@@ -52,4 +54,10 @@ class NonLocalMeans(Defense):
         denoise = restoration("NonLocalMeans").denoise_nl_means
 
         settings = {"patch_size": self.patch, "patch_distance": self.search, "h": self.strength}
-        return by_image(lambda image: on_channels(denoise, image, **settings), unit(images(x, "NonLocalMeans")))
+
+        def one(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            if len(image) == 1:  # the library would drop an axis of length one
+                return denoise(image[0], **settings)[None]
+            return denoise(image, **settings, channel_axis=0)
+
+        return by_image(one, unit(images(x, "NonLocalMeans")))
