@@ -308,3 +308,24 @@ def test_the_averaged_gradient_is_that_of_the_mean_objective() -> None:
         view = problem.linearize(x, objective)
         assert torch.allclose(view.value, value)
         assert torch.allclose(view.gradient(), wanted, rtol=1e-5, atol=1e-8)
+
+
+class Blind(torch.autograd.Function):
+    """The identity with a backward pass that gives nothing away."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g * 0
+
+
+def test_the_backward_pass_of_a_custom_function_is_replaced_if_asked() -> None:
+    model, x = Hidden(Wrapped(lambda inner, x: inner(Blind.apply(x)), net())).eval(), images()
+    assert bool((gradient(Straight(model), x) == 0).all())
+    assert torch.allclose(gradient(Straight(model, custom=True), x), gradient(net(), x))
+    assert bool((gradient(model, x) == 0).all())  # nothing is left behind
+    ours = Straight(BPDA(torch.round, backward=lambda x: 3 * x), custom=True)  # a declared stand-in stays
+    assert gradient(ours, torch.tensor([[0.2, 0.7]])).tolist() == [[3.0, 0.0]]

@@ -142,6 +142,7 @@ def _candidates(
         names = [*lost, *bare]
         yield Tactic(f"through {', '.join(names)}", Through(model, dict.fromkeys(names)), average, "shattered")
     yield Tactic("straight through roundings", Straight(model), average, "shattered")
+    yield Tactic("straight through custom functions", Straight(model, custom=True), average, "shattered")
     if "no-gradient" in suspect:
         yield Tactic("straight through all that is cut off", Straight(model, attach=True), average, "shattered")
     for name in _layers.entrances(model, x)[:4]:

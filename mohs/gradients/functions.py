@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from mohs.errors import ModelError
@@ -16,7 +17,7 @@ STAIRS = frozenset(
     {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "detach", "fake_quantize_per_tensor_affine"}
 )
 """Functions of torch that keep the shape of their first argument and have no useful gradient."""
-OUTSIDE = frozenset({"numpy", "__array__", "__dlpack__", "tolist", "item"})
+OUTSIDE = frozenset({"numpy", "__array__", "__dlpack__", "tolist", "item", "__float__", "__int__", "__bool__"})
 """Ways out of torch, which want a tensor without a graph."""
 SOFT = frozenset({"softmax", "log_softmax", "sigmoid"})
 
@@ -37,7 +38,7 @@ class _Mended(TorchFunctionMode):
                 args = tuple(self._attached(value) for value in args)
             first = args[0] if args else None
             if name in OUTSIDE and isinstance(first, Tensor) and first.requires_grad:
-                args = (first.detach(), *args[1:])
+                return func(first.detach(), *args[1:], **kwargs)
             if name in STAIRS and isinstance(first, Tensor) and first.requires_grad:
                 with torch.no_grad():
                     value = func(*args, **kwargs)
@@ -62,8 +63,10 @@ class Straight(Guide):
         model: the classifier.
         attach: also let the gradient go on to the input from every tensor of the input's shape that is cut off from it, as
             what comes back from numpy or an image library is.
+        custom: also replace the backward pass of every custom ``torch.autograd.Function`` whose output has the shape of one of
+            its inputs. Some of these are honest.
 
-    It cannot see into compiled code, and a custom ``torch.autograd.Function`` keeps its backward pass.
+    It cannot see into compiled code.
 
     >>> class Coarse(nn.Module):
     ...     def forward(self, x):
@@ -78,20 +81,46 @@ class Straight(Guide):
     section 4.1; Y. Bengio, N. Leonard, A. Courville, "Estimating or propagating gradients through stochastic neurons", 2013.
     """
 
-    def __init__(self, model: nn.Module, attach: bool = False) -> None:
+    def __init__(self, model: nn.Module, attach: bool = False, custom: bool = False) -> None:
         super().__init__(model)
-        self.attach = attach
+        self.attach, self.custom = attach, custom
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's logits, bit for bit."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.model(x)
         with _Mended(x, self.attach):
-            return self.model(x)
+            logits = self.model(x)
+        if self.custom:
+            for node in _custom_nodes(logits):
+                node.register_hook(_pass_on)
+        return logits
 
     def extra_repr(self) -> str:
         """What a record names."""
-        return f"attach={self.attach}"
+        return f"attach={self.attach}, custom={self.custom}"
+
+
+def _custom_nodes(logits: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    """The custom functions in the graph of ``logits``, but for our own."""
+    seen, waiting = set(), [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [parent for parent, _ in node.next_functions]
+        if isinstance(node, BackwardCFunction) and not type(node).__module__.startswith("mohs."):
+            yield node
+
+
+def _pass_on(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+    """What comes from behind goes on to the first input of its shape."""
+    arrived = next((g for g in outputs if g is not None), None)
+    for place, gradient in enumerate(inputs):
+        if arrived is not None and gradient is not None and gradient.shape == arrived.shape:
+            return (*inputs[:place], arrived, *inputs[place + 1 :])
+    return None
 
 
 class _Listening(TorchFunctionMode):

@@ -132,6 +132,10 @@ class Probe:
     @cached_property
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Input gradients of (logit margin, plain cross-entropy) of the model's own answers, [n, D] each."""
+        return self.slopes()
+
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """The same, taken anew: for a random model, those of another draw."""
         pieces = [self._gradient_pair(part) for part in self.x.split(self.batch or len(self.x))]
         own, likelihood = zip(*pieces)
         return torch.cat(own), torch.cat(likelihood)

@@ -9,13 +9,15 @@ from mohs.evaluation.checks._seen import Seen, ok
 from mohs.problem import Goal
 from mohs.regions import L0, L2, per_row
 
+AVERAGE = 20
+"""Evaluations of a random model whose gradients and gains are averaged: one of them is noise."""
 LEAST, MOST = 1 / 3, 2.0
 """What a step of a quarter of the radius gains, over what the gradient promised. Of nets trained naturally or against PGD three
 quarters of the rows keep 0.44 or more, and three quarters gain no more than 1.03 times of it."""
 
 
 def kept_promise(probe: Probe) -> Seen:
-    """Does a step along the gradient gain what the gradient promises? 1 pass."""
+    """Does a step along the gradient gain what the gradient promises? 1 pass; of a random model, the mean of 20 each."""
     if probe.graph_error:
         return Seen("info", "not tested: there is no gradient")
     own = probe.gradients[0]
@@ -50,8 +52,9 @@ def kept_promise(probe: Probe) -> Seen:
 def promise_kept(probe: Probe) -> torch.Tensor:
     """Gain of the margin over the promised one, for a step of a quarter of the radius, [n]."""
     x, region = probe.x, probe.threat.region
-    g = probe.gradients[0].view_as(x)
-    goal = Goal.leave(probe.logits.argmax(1))
+    own, draws = Goal.leave(probe.logits.argmax(1)), AVERAGE if probe.random else 1
+    g = probe.gradients[0] if draws == 1 else torch.stack([probe.slopes()[0] for _ in range(draws)]).mean(0)
+    g = g.view_as(x)
     size = region.eps / 4
     if isinstance(region, L0):  # L0 has no length: a Euclidean step over a quarter of the positions allowed
         width = probe.threat.box[1] - probe.threat.box[0]
@@ -61,5 +64,9 @@ def promise_kept(probe: Probe) -> torch.Tensor:
     step = region.steepest(g) * per_row(x.new_full((len(x),), size), x)
     moved = (x + step).clamp_(*probe.threat.box)
     promised = (g * (moved - x)).flatten(1).sum(1)
-    gained = goal.margin(probe.forward(moved)) - goal.margin(probe.logits)
-    return gained / promised
+
+    def mean_margin(points: torch.Tensor) -> torch.Tensor:
+        return torch.stack([own.margin(probe.forward(points)) for _ in range(draws)]).mean(0)
+
+    before = own.margin(probe.logits) if draws == 1 else mean_margin(x)
+    return (mean_margin(moved) - before) / promised

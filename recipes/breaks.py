@@ -1,0 +1,151 @@
+"""Defenses at inference time, each attacked as its authors would have, and as itself: the table of Athalye et al., rebuilt small.
+
+    python recipes/breaks.py                       # every defense here, 500 images, prints the table
+    python recipes/breaks.py --only jpeg:75 --rows 100
+
+Each defense stands before the bundled net for Fashion-MNIST that knows no adversary (fashion-natural), at Linf 0.1; the last rows
+are the net trained against PGD, which must keep its robustness, and it behind a codec. Columns, all accuracies:
+
+    clean       without an attack (a random defense: by majority of 20 draws)
+    naive       PGD, 40 steps of cross-entropy, with the defended model's own gradients, as a paper of its time would
+    hand-made   PGD, 100 steps of the margin, with the stand-in the defense declares and the mean of 10 evaluations where it is random
+    declared    Mohs's plan, told what the defense declares
+    withheld    the same on the model as an opaque module: no layer and no declaration can be seen
+    through     where the attacks of 'withheld' took their gradients, and which checks led there
+
+What is expected to fall was written down before the run: all that change the input, the logits or the gradient of a net without
+robustness of its own, to within 2 points of the undefended net's accuracy (EXPECTED); random resizing, noise and pruning are not
+on that list, because noise makes any net a little smoother.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mohs
+from mohs import defenses, models
+from mohs.attacks import PGD
+from mohs.data import Dataset, load
+from mohs.objectives import plain_cross_entropy
+from mohs.threat import Threat
+
+THREAT = Threat.parse("linf:0.1")
+DRAWS = 20
+SINGLE = (
+    "bit-depth:3", "jpeg:75", "gaussian-blur", "mean-blur", "median-blur", "total-variation", "non-local-means", "quilting",
+    "crop-ensemble:10", "random-resize-pad", "noise-input:0.1", "activation-pruning", "gradient-noise", "gradient-truncation",
+    "detach", "logit-rounding:1", "logit-scale:100", "double-softmax", "k-winners", "bit-depth:3,jpeg:75",
+    "noise-input:0.1,bit-depth:3",
+)  # fmt: skip
+EXPECTED = frozenset(SINGLE) - {
+    "random-resize-pad", "noise-input:0.1", "activation-pruning", "k-winners", "crop-ensemble:10", "quilting",
+    "noise-input:0.1,bit-depth:3",
+}  # fmt: skip
+PUBLISHED = {
+    "jpeg:75": "0 (Guo)", "bit-depth:3": "0 (Guo)", "total-variation": "0 (Guo)", "quilting": "0 (Guo)",
+    "crop-ensemble:10": "0 (Guo)", "random-resize-pad": "0 (Xie)", "activation-pruning": "0 (Dhillon)", "robust net": "47 (Madry)",
+}  # fmt: skip
+"""Accuracy under Athalye et al.'s attack, in percent, on ImageNet or CIFAR-10 at other radii: repository of obfuscated-gradients."""
+
+
+class Opaque(nn.Module):
+    """A model that shows neither layers nor declarations."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["hidden"] = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.__dict__["hidden"](x)  # type: ignore[no-any-return]
+
+
+def subjects(only: list[str]) -> dict[str, Callable[[], nn.Module]]:
+    """Every row of the table by name."""
+
+    def behind(text: str, net: str) -> Callable[[], nn.Module]:
+        return lambda: defenses.parse(text)(copy.deepcopy(models.load(f"bundled:{net}"))).eval()
+
+    rows: dict[str, Callable[[], nn.Module]] = {"no defense": lambda: models.load("bundled:fashion-natural")}
+    rows |= {text: behind(text, "fashion-natural") for text in SINGLE}
+    rows["robust net"] = lambda: models.load("bundled:fashion-pgd")
+    rows["robust net, jpeg:75"] = behind("jpeg:75", "fashion-pgd")
+    for text in only:
+        if text not in rows:
+            rows[text] = behind(text, "fashion-natural")
+    return {name: make for name, make in rows.items() if not only or name in only}
+
+
+def by_hand(model: nn.Module, data: Dataset, threat: Threat, *, honest: bool) -> float:
+    """Accuracy under one PGD: naive, or with what an honest attacker of this defense would use."""
+    said = defenses.declared(model)
+    attack = PGD(steps=100) if honest else PGD(steps=40, objective=plain_cross_entropy)
+    try:
+        out = mohs.attack(
+            attack, model, data.x, data.y, threat, guide=said.guide if honest else None, average=10 if honest and said.random else 1
+        )  # fmt: skip
+    except mohs.MohsError:  # no gradient at all: what such a paper would have called robust
+        return clean(model, data, threat)
+    return (
+        float((~out.success).double().mean())
+        if not threat.draws
+        else min(float((~out.success).double().mean()), clean(model, data, threat))
+    )
+
+
+def clean(model: nn.Module, data: Dataset, threat: Threat) -> float:
+    """Accuracy without an attack, by majority of the draws."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        right = sum((model(data.x).argmax(1) == data.y).double() for _ in range(max(threat.draws, 1)))
+    return float((right * 2 > max(threat.draws, 1)).double().mean())
+
+
+def row(name: str, make: Callable[[], nn.Module], data: Dataset, plan: str) -> dict[str, Any]:
+    """One line of the table."""
+    model = make()
+    random = defenses.declared(model).random
+    threat = Threat(THREAT.region, draws=DRAWS) if random else THREAT
+    said = mohs.evaluate(model, data, threat, plan=plan, control=0)
+    hidden = mohs.evaluate(Opaque(make()).eval(), data, threat, plan=plan, control=0, adaptive="blind")
+    chosen = next((t.name for t in hidden.header.tactics if t.chosen), "as they are")
+    return {
+        "defense": name, "clean": clean(model, data, threat), "naive": by_hand(model, data, threat, honest=False),
+        "hand-made": by_hand(model, data, threat, honest=True), "declared": said.robust_accuracy,
+        "withheld": hidden.robust_accuracy, "through": chosen,
+        "checks": [f.id for f in hidden.header.checks if f.severity in ("warn", "block")],
+        "published": PUBLISHED.get(name, ""), "expected": name in EXPECTED,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Print the table; rows appear as they are ready."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--plan", default="standard")
+    parser.add_argument("--only", action="append", default=[], help="a row's name, or a defense as --defense takes it")
+    parser.add_argument("--out", type=Path, help="the rows as JSON")
+    given = parser.parse_args()
+    data, rows = load("bundled:fashion-mnist", n=given.rows), []
+    print("| defense | clean | naive | hand-made | declared | withheld | through; checks | published |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, make in subjects(given.only).items():
+        rows.append(found := row(name, make, data, given.plan))
+        shares = " | ".join(f"{found[key]:.1%}" for key in ("clean", "naive", "hand-made", "declared", "withheld"))
+        print(
+            f"| {name} | {shares} | {found['through']}; {', '.join(found['checks'])} | {found['published']} |",
+            flush=True,
+        )
+    if given.out:
+        given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
