@@ -88,10 +88,10 @@ def test_one_test_set_in_random_order(tau: float) -> None:
             upheld |= going & (low >= needed)
         assert (refuted | upheld).all()  # at the end at the latest
         assert (refuted if many == needed else upheld).mean() <= ALPHA + SLACK
-    for n, k in ((4, 0), (40, 8), (60, 30), (100, needed), (100, needed - 1)):
-        low, high = finite_sequence(k, n, total)
-        expected = high < needed or low >= needed
-        assert decided(Accuracy(tau, here=True), n, k, total) == expected
+    for n in (4, 20, 48, 80, 100):
+        for k in range(n + 1):
+            low, high = table[n][k]
+            assert decided(Accuracy(tau, here=True), n, k, total) == (high < needed or low >= needed), (n, k)
 
 
 class TestDecided:

@@ -187,12 +187,9 @@ def require(claim: Claim, certificates: Sequence[Any]) -> None:
 
 
 def of_record(
-    claim: Claim,
-    record: records.Record,
-    blocked: Sequence[str] = (),
-    untried: Sequence[str] = (),
-    stopped: bool = False,
-) -> Verdict:
+    claim: Claim, record: records.Record, blocked: Sequence[str] = (), untried: Sequence[str] = (), *, stopped: bool = False,
+    total: int | None = None,
+) -> Verdict:  # fmt: skip
     """The verdict on what a record holds; for claims that ``require`` lets pass.
 
     For stability, an answer that was wrong to begin with may well stay the same: no attack was tried on it, so it refutes
@@ -203,13 +200,15 @@ def of_record(
         record: of an evaluation, complete or not.
         blocked: names of the checks that block.
         untried: why no attack of the plan could run, if none could.
-        stopped: was the number of examples chosen while looking at the answers?
+        stopped: was the number of examples chosen while looking at the answers? Also true of a run that might have ended
+            early and did not.
+        total: size of the test set, for a claim about it. Default: the examples of the record are all there are.
     """
     wrong = int((~record.correct).sum()) if isinstance(claim, Stability) else 0
     counts = Counts(
         threat=record.header.threat_text, n=record.n, survived=int(record.survived.sum()) + wrong, unattacked=wrong,
         certified=None if record.certified is None else int(record.certified.sum()), blocked=blocked, untried=untried,
-        total=record.header.data.n if getattr(claim, "here", False) else None, stopped=stopped,
+        total=(total or record.n) if getattr(claim, "here", False) else None, stopped=stopped,
     )  # fmt: skip
     return judge(claim, counts)
 
