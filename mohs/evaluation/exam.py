@@ -31,7 +31,7 @@ PASS = 0.95
 """Share of the needles that must be found."""
 EASY = 0.1
 """Share of the needles above which a search at random finds so many that the exam says little about an attack."""
-HARDER = (1, 4, 16)
+HARDER = (1, 4)
 """Multiples of the inner points, tried in turn while the exam is too easy."""
 
 
@@ -178,7 +178,7 @@ def exam(
             in an evaluation: each on its ``share`` of those not yet broken.
         n: examples, chosen by a keyed hash of their content.
         seed: of all draws; the global generators are not touched.
-        inner: inner points per example; raised up to 16 times where random looks find more than 10% of the points.
+        inner: inner points per example; raised fourfold where random looks find more than 10% of the points.
         reach: how near the best known score the attack must come, above 0 and below 1; None: only the planted point's, as in
             the paper.
         looks: random points per example, half of them at the full radius.
