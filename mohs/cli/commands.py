@@ -65,6 +65,13 @@ Answers = Annotated[
     Parameter(group=_what, help="what the server of a URL answers; default: probabilities"),
 ]
 Classes = Annotated[int | None, Parameter(group=_what, help="how many there are, for --answers labels")]
+DefenseText = Annotated[
+    list[str] | None,
+    Parameter(
+        name=["--defense"], group=_what,
+        help="what stands before the model, such as jpeg:75 (mohs list defenses); several in the order data pass through them",
+    ),
+]  # fmt: skip
 Queries = Annotated[
     int | None, Parameter(group=_what, help="looks per example the adversary may take; default: no limit")
 ]
@@ -83,16 +90,24 @@ Stated = Annotated[float | None, Parameter(group=_how, help="clean accuracy the 
 
 def _load(
     model: str, data: str, weights: Path | None, split: str, n: int | None, answers: str | None = None,
-    classes: int | None = None,
+    classes: int | None = None, defense: list[str] | None = None,
 ) -> tuple[nn.Module, Dataset]:  # fmt: skip
     from mohs import data as datasets
 
-    net = served.connect(model, weights, answers, classes, trusted=True)
+    net = _defended(served.connect(model, weights, answers, classes, trusted=True), defense)
     dataset = datasets.load(data, split=split, n=n)
     scheme, _, place = data.partition(":")
     if scheme != "bundled":  # so that the record says where it was, wherever it is read
         dataset = replace(dataset, name=f"{scheme}:{Path(place).expanduser().absolute()}")
     return net, dataset
+
+
+def _defended(net: nn.Module, defense: list[str] | None) -> nn.Module:
+    if not defense:
+        return net
+    from mohs import defenses
+
+    return defenses.parse(defense)(net).eval()
 
 
 def _threat(text: str, access: str, queries: int | None) -> Threat:
@@ -104,8 +119,10 @@ def _threat(text: str, access: str, queries: int | None) -> Threat:
     return replace(Threat.parse(text), access=granted, queries=queries, knowledge=known)
 
 
-def _spec(model: str, weights: Path | None, answers: str | None, classes: int | None) -> str:
+def _spec(model: str, weights: Path | None, answers: str | None, classes: int | None, defense: list[str] | None) -> str:
     """How a record names the model; files with their whole path, as a replay may start elsewhere."""
+    if defense:
+        return f"{_spec(model, weights, answers, classes, None)} --defense {','.join(defense).replace(' ', '')}"
     from mohs.models import is_url
 
     if is_url(model):
@@ -130,10 +147,14 @@ def demo(*, out: Path = Path("runs/demo"), n: Count = 400) -> int:
 
 
 @app.command(name="list")
-def list_(what: Literal["attacks", "models", "data", "plans"]) -> int:
-    """List what there is: attacks, models, data or plans."""
+def list_(what: Literal["attacks", "defenses", "models", "data", "plans"]) -> int:
+    """List what there is: attacks, defenses, models, data or plans."""
     if what == "attacks":
         rows = [(name, (cls.__doc__ or "").strip().splitlines()[0]) for name, cls in mohs.attacks.REGISTRY.items()]
+    elif what == "defenses":
+        from mohs import defenses
+
+        rows = [(name, (cls.__doc__ or "").strip().splitlines()[0]) for name, cls in defenses.REGISTRY.items()]
     elif what == "models":
         from mohs import models
 
@@ -153,7 +174,7 @@ def list_(what: Literal["attacks", "models", "data", "plans"]) -> int:
 @app.command
 def check(
     model: Model, data: Data, /, *, threat: ThreatText, access: AccessName = "gradient", queries: Queries = None,
-    weights: Weights = None, answers: Answers = None, classes: Classes = None,
+    weights: Weights = None, defense: DefenseText = None, answers: Answers = None, classes: Classes = None,
     n: Count = None, split: Split = "test", stated_accuracy: Stated = None, seed: Seed = 0,
 ) -> int:  # fmt: skip
     """Look for what would make an evaluation worthless, before spending time on one."""
@@ -161,7 +182,7 @@ def check(
 
     parsed = _threat(threat, access, queries)
     served.refuse(model, access, answers)
-    net, dataset = _load(model, data, weights, split, n, answers, classes)
+    net, dataset = _load(model, data, weights, split, n, answers, classes, defense)
     findings = run_checks(net, dataset, parsed, stated_accuracy=stated_accuracy, seed=seed)
     screen.findings(findings)
     return 12 if any(f.severity == "block" for f in findings) else 0
@@ -174,7 +195,7 @@ def run(
     claim: Annotated[str | None, Parameter(group=_what, help="such as 'accuracy >= 0.6'")] = None,
     certify: Annotated[list[str] | None, Parameter(group=_how, help="certificates to try: ibp, crown")] = None,
     access: AccessName = "gradient", queries: Queries = None,
-    weights: Weights = None, answers: Answers = None, classes: Classes = None,
+    weights: Weights = None, defense: DefenseText = None, answers: Answers = None, classes: Classes = None,
     n: Count = None, split: Split = "test", stated_accuracy: Stated = None,
     seed: Seed = 0, batch: Batch = None, control: Control = None, adaptive: Adaptive = "declared",
 ) -> int:  # fmt: skip
@@ -201,13 +222,13 @@ def run(
     served.refuse_idle(model, chosen, parsed)
     if proofs:
         served.refuse_proof(model)
-    net, dataset = _load(model, data, weights, split, n, answers, classes)
+    net, dataset = _load(model, data, weights, split, n, answers, classes, defense)
     try:
         with screen.Progress() as progress:
             record = evaluate(
                 net, dataset, parsed, plan=chosen, claim=stated, out=out, certificates=proofs, seed=seed,
                 batch=batch, control=control, adaptive=adaptive, stated_accuracy=stated_accuracy,
-                subject=_spec(model, weights, answers, classes), command=_command(),
+                subject=_spec(model, weights, answers, classes, defense), command=_command(),
                 notify=progress.notify,
             )  # fmt: skip
     except CertificateContradicted:
@@ -294,14 +315,17 @@ def replay(
     from mohs.evaluation import replay as run_replay
 
     record = records.Record.load(directory)
-    spec = model or record.header.subject.spec
+    spec, defense = model or record.header.subject.spec, None
+    if model is None and " --defense " in spec:
+        spec, _, text = spec.rpartition(" --defense ")
+        defense = [text]
     if model is None and models.is_url(spec):
         spec, answers, classes = served.recorded(spec, answers, classes)
     elif model is None and " --weights " in spec:
         spec, _, recorded = spec.partition(" --weights ")
         weights = weights or Path(recorded)
     try:
-        net = served.connect(spec, weights, answers, classes, trusted=model is not None)
+        net = _defended(served.connect(spec, weights, answers, classes, trusted=model is not None), defense)
     except ModelError as error:
         if model is not None:
             raise

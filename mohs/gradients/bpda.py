@@ -121,7 +121,9 @@ class Through(Guide):
     >>> bool(torch.autograd.grad(guide(x).sum(), x)[0].abs().sum() > 0), torch.equal(guide(x), net(x))
     (True, True)
 
-    **Source**: as ``BPDA``.
+    **Differs from the paper**: layers are named, not wrapped.
+    **Source**: A. Athalye, N. Carlini, D. Wagner, "Obfuscated gradients give a false sense of security", ICML 2018,
+    section 4.1.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, StandIn | None]) -> None:
@@ -168,7 +170,8 @@ class Past(Guide):
         ModelError: at the first call, where what the layer gets has another shape than the input.
 
     **Differs from the paper**: the paper wraps a known preprocessor; here the place is enough.
-    **Source**: as ``BPDA``.
+    **Source**: A. Athalye, N. Carlini, D. Wagner, "Obfuscated gradients give a false sense of security", ICML 2018,
+    section 4.1.
     """
 
     def __init__(self, model: nn.Module, layer: str) -> None:
