@@ -154,18 +154,22 @@ def test_guides_by_name_fit_the_model_and_the_exam(make: object) -> None:
     assert result.passed
 
 
-def test_stages_run_on_their_share_unless_it_is_worth_to_go_on() -> None:
+def test_stages_run_in_their_order_on_whoever_is_left() -> None:
     net = small()
     data = answered(net, 12)
-    useless = {"steps": 2, "step_size": 1e-4}
+    useless = PlanStep.make(
+        "PGD", {"steps": 2, "step_size": 1e-4}, share=0.25
+    )  # two forwards and backwards, and a last look
+    strong = PlanStep.make("APGD", {"steps": 50}, share=0.25, start="best", aims=9, rank="distance")
 
-    def spent(*steps: PlanStep) -> Exam:
+    def sit(*steps: PlanStep) -> Exam:
         return mohs.exam(net, data, "linf:0.2", Plan("p", steps), n=8, inner=199, looks=20)
 
-    first = PlanStep.make("PGD", useless)
-    assert spent(first).spent == 8 * 5
-    assert spent(first, PlanStep.make("PGD", useless, share=0.25)).spent == 8 * 5 + 2 * 5
-    assert spent(first, PlanStep.make("APGD", {"steps": 50}, share=0.25)).found == 8
+    assert (sit(useless).found, sit(useless).spent) == (0, 8 * 5)
+    assert sit(useless, useless).spent == 2 * 8 * 5
+    whole = sit(strong)
+    assert whole.found == 8
+    assert sit(strong, useless).spent == whole.spent
 
 
 # ---- the same answer, whatever stands around ------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""The sitting of an exam: a plan's stages over the planted points, as an evaluation would run them."""
+"""The sitting of an exam: a plan's stages over the planted points, as an evaluation runs them on its control subset."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mohs.attacks import Attack, attack, by_distance, by_logit
 from mohs.evaluation._needle import Hidden
-from mohs.evaluation._order import LEAST, WORTH
 from mohs.evaluation.plans import PlanStep
 from mohs.threat import Threat
 
@@ -36,7 +35,7 @@ class Room:
 
 @dataclass
 class Sitting:
-    """The attack's stages over all rooms, in the order and with the shares of an evaluation."""
+    """The attack's stages over all rooms, in their order."""
 
     threat: Threat
     rooms: list[Room]
@@ -47,24 +46,11 @@ class Sitting:
     spent: int = 0
 
     def stage(self, step: PlanStep, method: Attack) -> None:
-        """One attack on its share of the rooms not yet broken; a portion that breaks enough is followed by the next."""
-        for portion, far in self._portions(step.share):
-            for room in portion:
-                self._try(room, step, method)
-            if self.progress is not None:
-                self.progress(step.label, sum(r.broken for r in self.rooms), len(self.rooms))
-            if sum(r.broken for r in far) < WORTH * max(len(far), 1):
-                break
-
-    def _portions(self, share: float) -> Iterator[tuple[list[Room], list[Room]]]:
-        alive = sorted((r for r in self.rooms if not r.broken), key=lambda r: -r.margin)
-        size = max(math.ceil(share * len(alive)), math.ceil(len(self.rooms) * LEAST), 1)
-        head, tail = alive[:size], alive[size:]
-        yield head + [r for r in tail if not r.tried], head[len(head) // 2 :]
-        rest = [r for r in tail if r.tried]
-        for at in range(0, len(rest), size):
-            part = rest[at : at + size]
-            yield part, part[len(part) // 2 :]
+        """One attack on all rooms not yet broken, whatever its share: of so few, shares would leave single ones."""
+        for room in [r for r in self.rooms if not r.broken]:
+            self._try(room, step, method)
+        if self.progress is not None:
+            self.progress(step.label, sum(r.broken for r in self.rooms), len(self.rooms))
 
     def _try(self, room: Room, step: PlanStep, method: Attack) -> None:
         model, x = room.hidden.model, room.hidden.x

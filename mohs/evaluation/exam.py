@@ -118,7 +118,10 @@ class Exam:
             return Finding(id="exam", name=name, severity="ok", saw=saw, means=means)
         if self.rate >= PASS and self.easy:
             means = "Random looks find these points too, so passing says little about the attack."
-            remedy = f"Raise inner (now {self.inner}), or give reach=0.95."
+            remedy = (
+                f"Raise inner (now {self.inner}), or give reach=0.95; where that was given, the model's gradients led to no higher "
+                "point than the random one: give a guide (mohs.gradients)."
+            )
         elif 2 * self.tested < self.asked:
             means = "On most examples no point could be planted, so the attack is not examined."
             remedy = "Raise n, examine at another radius, or lower inner; compare the attack with others by hand."
@@ -174,8 +177,8 @@ def exam(
         model: a classifier in eval mode, inputs in the box to logits.
         data: a ``Dataset`` or a pair (x, y); examples that the model gets wrong are passed over.
         threat: such as ``"linf:8/255"``: a finite radius above 0, any norm but l0.
-        plan: a ``Plan``, its name or file, or one attack such as ``mohs.attacks.PGD(steps=40)``. The stages of a plan run as
-            in an evaluation: each on its ``share`` of those not yet broken.
+        plan: a ``Plan``, its name or file, or one attack such as ``mohs.attacks.PGD(steps=40)``. Each stage of a plan runs
+            on all that are not yet broken, as in an evaluation's control subset; its ``share`` is not applied.
         n: examples, chosen by a keyed hash of their content.
         seed: of all draws; the global generators are not touched.
         inner: inner points per example; raised fourfold where random looks find more than 10% of the points.
