@@ -19,7 +19,8 @@ class MajorityVote(Ensemble):
 
         z = mean_m onehot(argmax f_m(x)) + p / 2M,   p = mean_m softmax f_m(x), which decides between equal votes
 
-    There is no gradient; that of the mean logits breaks it.
+    There is no gradient. That of the mean probability breaks it: a member that is fooled already has a flat probability, so the
+    push goes to the others. (Where every member is so sure that its softmax rounds to 0 and 1, attack the logits' mean instead.)
 
     Raises:
         UsageError: fewer than two models.
@@ -43,4 +44,4 @@ class MajorityVote(Ensemble):
         known = logits.detach()
         votes = one_hot(known.argmax(2), known.shape[2]).to(known.dtype).mean(0)
         value = votes + known.softmax(2).mean(0) / (2 * len(known))
-        return instead(value, logits.mean(0)) if guiding and logits.requires_grad else value
+        return instead(value, logits.softmax(2).mean(0)) if guiding and logits.requires_grad else value
