@@ -20,8 +20,9 @@ class KWinners(Defense):
 
         a -> a where a is among the k largest of its layer, else 0,   k = ratio * number of activations
 
-    The gradient exists but holds for tiny steps only. **It adds no robustness**: going back, an honest attacker lets twice as many
-    win, so that activations about to win count too.
+    The gradient exists but holds for tiny steps only. Hiding it **adds no robustness**: going back, an honest attacker lets twice
+    as many win, so that activations about to win count too. Unlike the other controls it changes answers; what accuracy is left
+    under that attack, and under a search without gradients, is the changed net's own.
 
     Args:
         ratio: share of activations that each layer keeps, above 0 and at most 1.
