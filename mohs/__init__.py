@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mohs import attacks, certificates, data, defenses, evaluation, models, objectives, records, reports
+    from mohs import attacks, certificates, data, defenses, evaluation, gradients, models, objectives, records, reports
     from mohs.attacks import Outcome, Stop, attack
     from mohs.certificates import certify
     from mohs.errors import MohsError
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 # Everything is loaded at its first use: a record is read, compared and shown without torch, and importing costs little.
 _HOME = {
     **{name: f"mohs.{name}" for name in (
-        "attacks", "certificates", "data", "defenses", "evaluation", "models", "objectives", "records", "reports",
+        "attacks", "certificates", "data", "defenses", "evaluation", "gradients", "models", "objectives", "records", "reports",
     )},
     **{name: f"mohs.attacks:{name}" for name in ("Outcome", "Stop", "attack")},
     **{name: f"mohs.regions:{name}" for name in ("L0", "L1", "L2", "Linf", "Lp")},
@@ -56,5 +56,5 @@ def __dir__() -> list[str]:
 __all__ = [
     "L0", "L1", "L2", "Access", "Goal", "Knowledge", "Linf", "Lp", "MohsError", "Outcome", "Problem", "Stop", "Target",
     "Threat", "attack", "attacks", "certificates", "certify", "check", "data", "defenses", "evaluate", "evaluation", "exam",
-    "minimum_norm", "models", "objectives", "records", "reports",
+    "gradients", "minimum_norm", "models", "objectives", "records", "reports",
 ]  # fmt: skip

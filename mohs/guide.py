@@ -27,7 +27,7 @@ class Guide(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.train(model.training)
+        self.training = model.training  # not train(): that would set the modes of the layers inside
 
 
 def answers_for(guide: nn.Module, model: nn.Module) -> bool:

@@ -16,7 +16,6 @@ from mohs import defenses
 from mohs.evaluation import tactics
 from mohs.evaluation.checks import Probe, examine
 from mohs.evaluation.plans import Plan, PlanStep
-from mohs.gradients import Through
 from mohs.threat import Threat
 
 Build = Callable[[nn.Module], nn.Module]
@@ -211,6 +210,24 @@ def test_a_random_model_is_scored_on_fresh_draws(data: mohs.data.Dataset) -> Non
     assert any(f.id == "randomness" and f.severity == "block" for f in off.header.checks)
 
 
+def test_a_box_that_the_defense_does_not_know_is_refused(data: mohs.data.Dataset) -> None:
+    model = defenses.JPEG(75)(small()).eval()
+    with pytest.raises(mohs.errors.ThreatError, match=r"need inputs in \[0, 1\]"):
+        mohs.evaluate(model, data, "linf:8 in [0, 255]", plan=plan())
+
+
+def test_the_exam_uses_the_gradients_of_the_attacks(data: mohs.data.Dataset) -> None:
+    model = chain(Layer(coarse), small())
+    record = mohs.evaluate(model, data, "linf:0.1", plan="quick", control=0, exam=6)
+    (finding,) = [f for f in record.header.checks if f.id == "exam"]
+    assert "planted adversarial points" in finding.saw
+    assert record.header.identity != mohs.evaluate(model, data, "linf:0.1", plan="quick", control=0).header.identity
+    with pytest.raises(mohs.errors.UsageError, match="exam must be"):
+        mohs.evaluate(model, data, "linf:0.1", exam=-1)
+    with pytest.raises(mohs.errors.ThreatError, match="every norm but l0"):
+        mohs.evaluate(model, data, "l0:3", exam=4)
+
+
 def test_where_nothing_works_the_block_stays(data: mohs.data.Dataset) -> None:
     class Constant(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -227,10 +244,9 @@ def test_a_guide_that_cannot_run_says_why(data: mohs.data.Dataset) -> None:
         def forward(self, x: Tensor) -> Tensor:
             raise mohs.errors.ModelError("No. Not today.")
 
-    bad = tactics.Tactic("refuses", Refuses().eval())
+    bad = tactics.Tactic("refuses", lambda model: Refuses().eval())
     tried = tactics.trial(bad, small(), data.x[:4], data.y[:4], Threat.parse("linf:0.1"), 0, 4)
     assert (tried.broken, tried.error) == (0, "No")
-    assert isinstance(tactics.Tactic("x", Through(small(), {})).guide, nn.Module)
 
 
 @pytest.mark.parametrize("value", ["yes", "", None])

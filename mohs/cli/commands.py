@@ -85,6 +85,12 @@ Adaptive = Annotated[
         help="how to find gradients where the model hides them: with what defenses declare, without believing them, or not at all",
     ),
 ]
+Needles = Annotated[
+    int,
+    Parameter(
+        name=["--exam"], group=_how, help="on so many examples, whether the plan finds a point hidden there (0: none)"
+    ),
+]
 Stated = Annotated[float | None, Parameter(group=_how, help="clean accuracy the model is said to have, 0 to 1")]
 
 
@@ -198,6 +204,7 @@ def run(
     weights: Weights = None, defense: DefenseText = None, answers: Answers = None, classes: Classes = None,
     n: Count = None, split: Split = "test", stated_accuracy: Stated = None,
     seed: Seed = 0, batch: Batch = None, control: Control = None, adaptive: Adaptive = "declared",
+    exam: Needles = 0,
 ) -> int:  # fmt: skip
     """Attack a model, record the evidence, and give a verdict on a claim.
 
@@ -227,7 +234,8 @@ def run(
         with screen.Progress() as progress:
             record = evaluate(
                 net, dataset, parsed, plan=chosen, claim=stated, out=out, certificates=proofs, seed=seed,
-                batch=batch, control=control, adaptive=adaptive, stated_accuracy=stated_accuracy,
+                batch=batch, control=control, adaptive=adaptive, exam=exam,
+                stated_accuracy=stated_accuracy,
                 subject=_spec(model, weights, answers, classes, defense), command=_command(),
                 notify=progress.notify,
             )  # fmt: skip

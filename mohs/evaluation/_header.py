@@ -70,7 +70,7 @@ def claimed(claim: Claim | None) -> records.Claim | None:
 
 def of_run(
     model: nn.Module, weights: str, classes: int, data: Dataset, threat: Threat, plan: Plan, steps: Steps,
-    claim: Claim | None, certificates: Sequence[Any], seed: int, batch: int, control: int, adaptive: str,
+    claim: Claim | None, certificates: Sequence[Any], seed: int, batch: int, control: int, adaptive: str, needles: int,
     device: torch.device, *,
     stated_accuracy: float | None, subject: str, command: str,
 ) -> records.Header:  # fmt: skip
@@ -91,7 +91,7 @@ def of_run(
         {
             "model": weights, "architecture": repr(model), "data": data.hash, "threat": threat.to_dict(),
             "plan": [s.model_dump() for s in parts], "certificates": [repr(c) for c in certificates], "seed": seed,
-            "batch": batch, "control": control, "adaptive": adaptive, "version": mohs.__version__,
+            "batch": batch, "control": control, "adaptive": adaptive, "exam": needles, "version": mohs.__version__,
         }
     )  # fmt: skip
     parameters = list(model.parameters())

@@ -8,7 +8,6 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +21,15 @@ from mohs.attacks._batches import fitting_batch, usual_batch
 from mohs.attacks._inputs import check_inputs
 from mohs.data import Dataset
 from mohs.errors import CertificateContradicted, ModelError, ThreatError, UsageError, rows_text
-from mohs.evaluation import _header, claims, tactics
+from mohs.evaluation import _adaptive, _header, claims, tactics
 from mohs.evaluation._bookmark import Bookmark
 from mohs.evaluation._curves import loss_curves, radius_curve
 from mohs.evaluation._given import dataset
 from mohs.evaluation._order import WORTH, portions, survivors
 from mohs.evaluation._quiet import untouched
-from mohs.evaluation.checks import Probe, examine, usable
+from mohs.evaluation.checks import Probe
 from mohs.evaluation.plans import Plan, PlanStep, load_plan
-from mohs.models import BlackBox, weights_hash
+from mohs.models import weights_hash
 from mohs.problem import Goal
 from mohs.target import classify
 from mohs.threat import Access, Threat
@@ -55,6 +54,7 @@ def evaluate(
     batch: int | None = None,
     control: int | None = None,
     adaptive: Literal["declared", "blind", "off"] = "declared",
+    exam: int = 0,
     stated_accuracy: float | None = None,
     subject: str | None = None,
     command: str = "",
@@ -79,6 +79,8 @@ def evaluate(
         adaptive: where gradients are missing, zero or misleading, or the model is random, other ways to get them are tried on
             32 examples, and the best one guides all attacks: with what defenses declare ("declared"), without believing
             them ("blind"), or not at all ("off"). A random model whose threat has no ``draws`` is scored on 20.
+        exam: on so many examples, whether the plan finds an adversarial point that was hidden there (``mohs.exam``); where it
+            misses more than a twentieth, an upheld claim deserves no trust. 0: no exam.
         stated_accuracy: clean accuracy the model is said to have, checked against the measured one.
         subject, command: how model and run are named in the record.
         notify: progress, see ``Notify``.
@@ -108,6 +110,10 @@ def evaluate(
         raise ModelError(
             f"The model must be a torch.nn.Module; got {type(model).__name__}. Wrap a function in mohs.models.BlackBox."
         )
+    if type(exam) is not int or exam < 0:
+        raise UsageError(f"exam must be a whole number of examples >= 0; got {exam!r}.")
+    if exam and threat.region.name.startswith("l0"):
+        raise ThreatError(f"The exam serves every norm but l0; got {threat}. Leave it out.")
     if adaptive not in ("declared", "blind", "off"):
         raise UsageError(f"adaptive must be 'declared', 'blind' or 'off'; got {adaptive!r}.")
     data = dataset(data)
@@ -124,8 +130,8 @@ def evaluate(
         claims.require(claim, certificates)
     with untouched(model, seed):  # so that a model that changes while it is looked at is given back as it was
         run = _Evaluation(model, data, x, y, threat, plan, claim, list(certificates), seed, batch, notify)
-        run.control, run.adaptive = CONTROL if control is None else control, adaptive
-        run.look(stated_accuracy)
+        run.control, run.adaptive, run.needles = CONTROL if control is None else control, adaptive, exam
+        _adaptive.look(run, stated_accuracy)
         header = run.header(stated_accuracy, subject or type(model).__name__, command)
         # whatever can be refused is refused before the directory is touched
         findings = None if out is not None and _header.known(Path(out), header, model) else run.check()
@@ -181,18 +187,10 @@ class _Evaluation:
                 f"0 to {self.classes - 1}. Check that model and data belong together."
             )
         self.adaptive, self.choice = "declared", tactics.Choice(tactics.PLAIN)
+        self.guide: nn.Module | None = None
+        self.probe: Probe
+        self.needles = 0
         self.steps = [(step, attack) for step in plan.steps if (attack := step.build_for(threat)) is not None]
-
-    def look(self, stated_accuracy: float | None) -> None:
-        """The sample that all checks share; a random model is scored on fresh draws where the threat does not say how many."""
-        usable(self.model, self.x, self.y, stated_accuracy, self.batch)
-        self.probe = Probe(self.model, self.x, self.y, self.threat, stated_accuracy, self.seed, self.batch)
-        paid = any(isinstance(m, BlackBox) for m in self.model.modules())
-        training = any(m.training for m in self.model.modules())  # a check blocks that, and mends it to look further
-        if self.adaptive == "off" or paid or training or self.threat.draws or self.threat.access == Access.NONE:
-            return
-        if self.probe.random:
-            self.threat = self.probe.threat = replace(self.threat, draws=tactics.DRAWS)
 
     # ---- what is about to run ---------------------------------------------------------------------------
 
@@ -200,7 +198,7 @@ class _Evaluation:
         """Everything known before the first attack."""
         return _header.of_run(
             self.model, self.weights, self.classes, self.data, self.threat, self.plan, self.steps, self.claim,
-            self.certificates, self.seed, self.batch, self.control, self.adaptive, self.x.device,
+            self.certificates, self.seed, self.batch, self.control, self.adaptive, self.needles, self.x.device,
             stated_accuracy=stated_accuracy, subject=subject,
             command=command,
         )  # fmt: skip
@@ -210,12 +208,7 @@ class _Evaluation:
     def check(self) -> list[records.Finding]:
         """What would make the evaluation worthless; also, can the certificates say anything about this net and threat?"""
         self.notify("checks", 0, 1, 0)
-        with untouched(self.model, self.seed):
-            findings = examine(self.probe)
-            if self.adaptive != "off" and self.threat.access >= Access.GRADIENT and self.steps:
-                believe = self.adaptive == "declared"
-                self.choice = tactics.choose(self.probe, findings, self.threat, self.seed, self.batch, believe=believe)
-                findings = tactics.remedied(findings, self.choice)
+        findings = _adaptive.findings(self)
         findings += self._changed()
         if not any(f.severity == "block" for f in findings):
             if len(self.x):  # a region that needs a finite box says so here
@@ -248,7 +241,7 @@ class _Evaluation:
                 run.update(curve=radius_curve(self))
                 self.bookmark.drop()
             run.ledger.drop_nearest()
-            findings = findings + self._changed()
+            findings = findings + _adaptive.exam_of_plan(self) + self._changed()
         record = run.record()
         run.finish(
             limits=list(dict.fromkeys([*self.plan.skipped(self.threat), *run.header.limits])), checks=findings,
@@ -402,8 +395,8 @@ class _Evaluation:
 
     def job(self, attack: Any, todo: Tensor, **settings: Any) -> Job:
         """One attack on the examples ``todo``."""
-        batch, tactic = settings.pop("batch", self.batch), self.choice.tactic
-        settings = {"guide": tactic.guide, "average": tactic.average, **settings}
+        batch = settings.pop("batch", self.batch)
+        settings = {"guide": self.guide, "average": self.choice.tactic.average, **settings}
         return Job(attack, self.model, self.x[todo], self.y[todo], self.threat, seed=self.seed, batch=batch, **settings)
 
     def _padded(self, x: Tensor) -> Tensor:

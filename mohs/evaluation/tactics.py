@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +39,17 @@ CLEARLY = 2
 
 @dataclass(frozen=True)
 class Tactic:
-    """One way to get gradients: a guide (None: the model's own), and how many evaluations are averaged (None: as usual)."""
+    """One way to get gradients: what makes the guide of a model (None: its own gradients do), and how many evaluations are
+    averaged (None: as usual)."""
 
     name: str
-    guide: nn.Module | None = None
+    make: Callable[[nn.Module], nn.Module] | None = None
     average: int | None = None
     against: str = ""
+
+    def guide(self, model: nn.Module) -> nn.Module | None:
+        """The guide of this model, or of another with the same layers by the same names."""
+        return None if self.make is None else self.make(model)
 
 
 PLAIN = Tactic("gradients as they are")
@@ -112,12 +118,12 @@ def choose(
     best = _best(trials)
     if suspect and best.broken < ENOUGH * len(x):
         sigma = spread(threat, x)
-        trials.append(
-            tried(Tactic(_joined(best.tactic, "smoothed"), Smooth(best.tactic.guide or probe.model, sigma, 8), 1))
-        )
+        trials.append(tried(Tactic(_joined(best.tactic, "smoothed"), _smoothed(best.tactic, sigma), 1)))
         best = _best(trials)
     if suspect and best.broken < min(trials[0].broken + CLEARLY, len(x) // 2):
-        trials.append(tried(Tactic("finite differences", FiniteDifference(probe.model, spread(threat, x), 24), 1)))
+        trials.append(
+            tried(Tactic("finite differences", partial(FiniteDifference, sigma=spread(threat, x), draws=24), 1))
+        )
         best = _best(trials)
     return Choice(best.tactic, tuple(trials))
 
@@ -129,28 +135,27 @@ def _candidates(
     if average is not None:
         yield Tactic(f"mean of {average} evaluations", None, average, "stochastic")
     if said is not None and said.guide is not None:
-        yield Tactic("as the defense declares", said.guide, average, "declared")
+        yield Tactic("as the defense declares", defenses.Honest, average, "declared")
     if "output-type" in suspect:
-        yield Tactic("what goes into the softmax", BeforeSoftmax(model), average, "vanishing")
+        yield Tactic("what goes into the softmax", BeforeSoftmax, average, "vanishing")
     if not suspect - {"output-type"}:
         return
     lost = _layers.losing(model, x)
     if lost:
-        yield Tactic(f"through {', '.join(lost)}", Through(model, dict.fromkeys(lost)), average, "shattered")
+        yield Tactic(f"through {', '.join(lost)}", partial(Through, layers=dict.fromkeys(lost)), average, "shattered")
     bare = [name for name in _layers.bare(model, x) if name not in lost]
     if bare:
         names = [*lost, *bare]
-        yield Tactic(f"through {', '.join(names)}", Through(model, dict.fromkeys(names)), average, "shattered")
-    yield Tactic("straight through roundings", Straight(model), average, "shattered")
-    yield Tactic("straight through custom functions", Straight(model, custom=True), average, "shattered")
+        yield Tactic(f"through {', '.join(names)}", partial(Through, layers=dict.fromkeys(names)), average, "shattered")
+    yield Tactic("straight through roundings", Straight, average, "shattered")
+    yield Tactic("straight through custom functions", partial(Straight, custom=True), average, "shattered")
     if "no-gradient" in suspect:
-        yield Tactic("straight through all that is cut off", Straight(model, attach=True), average, "shattered")
+        yield Tactic("straight through all that is cut off", partial(Straight, attach=True), average, "shattered")
     for name in _layers.entrances(model, x)[:4]:
-        yield Tactic(f"past what comes before {name}", Past(model, name), average, "shattered")
-    if "gradient-promise" in suspect or "zero-gradient" in suspect:
-        double = _double(model)
-        if double is not None:
-            yield Tactic("in double precision", double, average, "vanishing")
+        yield Tactic(f"past what comes before {name}", partial(Past, layer=name), average, "shattered")
+    single = all(p.dtype != torch.float64 for p in model.parameters())
+    if single and suspect & {"gradient-promise", "zero-gradient"}:
+        yield Tactic("in double precision", _Double, average, "vanishing")
 
 
 def trial(tactic: Tactic, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, batch: int) -> Trial:
@@ -158,9 +163,17 @@ def trial(tactic: Tactic, model: nn.Module, x: Tensor, y: Tensor, threat: Threat
     one = SPGD(steps=STEPS) if isinstance(threat.region, L0) else APGD(steps=STEPS)
     try:
         out = attack(
-            one, model, x, y, threat, guide=tactic.guide, average=tactic.average, seed=seed, batch=min(batch, len(x))
+            one,
+            model,
+            x,
+            y,
+            threat,
+            guide=tactic.guide(model),
+            average=tactic.average,
+            seed=seed,
+            batch=min(batch, len(x)),
         )
-    except MohsError as error:
+    except (MohsError, RuntimeError, TypeError) as error:  # not every model can be copied, or called as a guide does
         return Trial(tactic, 0, len(x), -math.inf, 0, str(error).split(". ")[0])
     return Trial(
         tactic, int(out.success.sum()), len(x), float(out.margin.clamp(min=-1e30).mean()),
@@ -189,8 +202,12 @@ def spread(threat: Threat, x: Tensor) -> float:
     return min(max(even / 2, 0.01 * width), 0.1 * width)
 
 
+def _smoothed(tactic: Tactic, sigma: float) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: Smooth(tactic.guide(model) or model, sigma, 8)
+
+
 def _joined(tactic: Tactic, word: str) -> str:
-    return word if tactic.guide is None else f"{tactic.name}, {word}"
+    return word if tactic.make is None else f"{tactic.name}, {word}"
 
 
 class _Double(nn.Module):
@@ -203,16 +220,6 @@ class _Double(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.copy(x.double())
-
-
-def _double(model: nn.Module) -> nn.Module | None:
-    """A copy in double precision, if it can be copied and is not already one."""
-    if any(p.dtype == torch.float64 for p in model.parameters()):
-        return None
-    try:
-        return _Double(model)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):
-        return None
 
 
 REMEDIED = ("no-gradient", "zero-gradient", "gradient-promise", "randomness", "output-type")

@@ -89,7 +89,7 @@ class BPDA(nn.Module):
         super().__init__()
         self.layer, self.backward = layer, backward
         if isinstance(layer, nn.Module):
-            self.train(layer.training)
+            self.training = layer.training
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's outputs, bit for bit."""

@@ -163,7 +163,7 @@ class _Reparameterized(nn.Module):
     def __init__(self, model: nn.Module, decode: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.model, self.decode = model, decode
-        self.train(model.training)
+        self.training = model.training
 
     def forward(self, z: Tensor) -> Tensor:
         return self.model(self.decode(z))

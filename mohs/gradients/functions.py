@@ -163,7 +163,7 @@ class BeforeSoftmax(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.train(model.training)
+        self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, K]."""
