@@ -16,7 +16,7 @@ from mohs.attacks import JSMA, SPGD, SigmaZero, SparseFool
 from mohs.attacks.jsma import _best_pair
 from mohs.errors import ThreatError, UsageError
 
-SPARSE = [SigmaZero(steps=60), JSMA()]
+SPARSE = [SigmaZero(steps=160), JSMA()]
 each_sparse = pytest.mark.parametrize("attack", SPARSE, ids=lambda a: type(a).__name__)
 
 
@@ -196,10 +196,10 @@ def test_sigma_zero_is_its_algorithm_box() -> None:
 def test_the_polish_begins_at_the_best_point() -> None:
     net, x = far_from_the_boundary(), inputs(12, 3, 5, 5, dtype=torch.float64)
     y = torch.zeros(12, dtype=torch.int64)
-    out = mohs.attack(SigmaZero(steps=40, polish=10), net, x, y, "l0:inf", trace=True)
+    out = mohs.attack(SigmaZero(steps=140, polish=10), net, x, y, "l0:inf", trace=True)
     looks = out.trace[out.size > 1, 0]
     assert len(looks) > 3
-    assert bool(((looks[:, :30] - looks[:, 30:31]).abs().amin(1) < 1e-9).all())
+    assert bool(((looks[:, :130] - looks[:, 130:131]).abs().amin(1) < 1e-9).all())
 
 
 # --- JSMA -------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,10 @@ from mohs.regions import per_row
 from mohs.target import View
 from mohs.threat import Access
 
+DESCENT = 100
+"""Steps that thin a point out, which the descent has for itself. Of those beyond, a search on fewer positions gets a quarter. With
+fewer than half as many nothing gets thin, and the search gets half of them."""
+
 
 @dataclass(kw_only=True)
 class SigmaZeroState(State):
@@ -41,9 +45,10 @@ class SigmaZero:
         d_i = 0  where  |d_i| < t
 
     The rate falls from ``step_size`` to a tenth of it along a cosine. It starts dense and thins out, so it seldom fails and
-    needs no starting point. The last ``polish`` looks (half of the steps at most) leave the descent: from the best point, on
-    n positions, they look for one on n - 1, each position at the bound and all of them chosen afresh by an averaged
-    gradient. The first choice for the fewest positions; it needs a finite box and fails where gradients are masked.
+    needs no starting point. The last ``polish`` looks (a quarter of the steps beyond a hundred at most, or half of fewer than
+    fifty) leave the descent: from the best point, on n positions, they look for one on n - 1, each position at the bound and
+    all of them chosen afresh by an averaged gradient. The first choice for the fewest positions; it needs a finite box and
+    fails where gradients are masked.
 
     Args:
         steps: looks with a gradient.
@@ -96,7 +101,8 @@ class SigmaZero:
         """One step of Adam and the threshold; towards the end, a try on fewer positions."""
         view = problem.linearize(state.x, margin)
         g = view.gradient()
-        descent = self.steps - min(self.polish, self.steps // 2)
+        few = 2 * self.steps < DESCENT
+        descent = self.steps - min(self.polish, self.steps // 2 if few else max(self.steps - DESCENT, 0) // 4)
         if k < descent:
             state = self._descend(problem, state, view, g, k, descent)
         else:
