@@ -18,7 +18,7 @@ from mohs.attacks import REGISTRY
 from mohs.errors import MohsError
 from mohs.evaluation.plans import available_plans
 
-from . import autoattack, batches, exact, imports, memory, minimum, overhead, peer_bugs, robust, strength
+from . import autoattack, batches, doctor, exact, imports, memory, minimum, overhead, peer_bugs, robust, strength
 from .peers import LIBRARIES
 from .subjects import BUNDLED_DATA, BUNDLED_NETS, Options, load_text, setup
 
@@ -33,6 +33,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[str]]] = {
     "peer_bugs": peer_bugs.run,
     "exact": exact.run,
     "memory": memory.run,
+    "doctor": doctor.run,
 }
 USUAL = ("overhead", "pgd", "deepfool", "batches", "import")
 """What runs where no section is named; the others take longer and say what they need."""
