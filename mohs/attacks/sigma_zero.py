@@ -18,19 +18,22 @@ from mohs.regions import per_row
 from mohs.target import View
 from mohs.threat import Access
 
-DESCENT = 100
-"""Steps that thin a point out, which the descent has for itself. Of those beyond, a search on fewer positions gets a quarter. With
-fewer than half as many nothing gets thin, and the search gets half of them."""
+PATIENCE = 10
+"""Looks without a smaller success, of the last ones, after which a row leaves the descent (a tenth of the steps, if that is
+less)."""
 
 
 @dataclass(kw_only=True)
 class SigmaZeroState(State):
     """``mean`` and ``square`` [B, ...]: Adam's moments of the gradient (the mean is later that of ``tighten``);
-    ``threshold`` [B]: smaller changes are undone, as a share of the box width."""
+    ``threshold`` [B]: smaller changes are undone, as a share of the box width; ``best`` [B]: score of the best point so far,
+    ``stale`` [B]: looks since it got better, -1 once the row has left the descent."""
 
     mean: Tensor
     square: Tensor
     threshold: Tensor
+    best: Tensor
+    stale: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,10 @@ class SigmaZero:
         d_i = 0  where  |d_i| < t
 
     The rate falls from ``step_size`` to a tenth of it along a cosine. It starts dense and thins out, so it seldom fails and
-    needs no starting point. The last ``polish`` looks (a quarter of the steps beyond a hundred at most, or half of fewer than
-    fifty) leave the descent: from the best point, on n positions, they look for one on n - 1, each position at the bound and
-    all of them chosen afresh by an averaged gradient. The first choice for the fewest positions; it needs a finite box and
-    fails where gradients are masked.
+    needs no starting point. In the last ``polish`` looks (a quarter of the steps at most, or half of fewer than forty) a row
+    whose success has got no smaller for ten looks leaves the descent: from its best point, on n positions, it looks for one on
+    n - 1, each position at the bound and all of them chosen afresh by an averaged gradient. The first choice for the fewest
+    positions; it needs a finite box and fails where gradients are masked.
 
     Args:
         steps: looks with a gradient.
@@ -95,27 +98,34 @@ class SigmaZero:
         geometry(problem)
         x = problem.begin()
         threshold = torch.full_like(problem.eps, self.threshold)
-        return SigmaZeroState(x=x, mean=torch.zeros_like(x), square=torch.zeros_like(x), threshold=threshold)
+        return SigmaZeroState(
+            x=x, mean=torch.zeros_like(x), square=torch.zeros_like(x), threshold=threshold,
+            best=torch.full_like(threshold, -math.inf), stale=torch.zeros_like(problem.goal.label),
+        )  # fmt: skip
 
     def step(self, problem: Problem, state: SigmaZeroState, k: int) -> SigmaZeroState:
         """One step of Adam and the threshold; towards the end, a try on fewer positions."""
         view = problem.linearize(state.x, margin)
         g = view.gradient()
-        few = 2 * self.steps < DESCENT
-        descent = self.steps - min(self.polish, self.steps // 2 if few else max(self.steps - DESCENT, 0) // 4)
-        if k < descent:
-            state = self._descend(problem, state, view, g, k, descent)
-        else:
-            x, mean = tighten(problem, g, state.mean)
-            state = replace(state, x=x, mean=mean)
-        if k == descent - 1:  # the polish begins at the best point
-            x = torch.where(per_row(problem.found.met, state.x), problem.found.x, state.x)
-            state = replace(state, x=x, mean=torch.zeros_like(x))
-        return replace(state, done=least(problem))
+        after = self._descend(problem, state, view, g, k)
+        if k >= self.steps - min(self.polish, self.steps // 4 if self.steps >= 4 * PATIENCE else self.steps // 2):
+            after = self._tighten(problem, state, after, g)
+        return replace(after, done=least(problem))
 
-    def _descend(
-        self, problem: Problem, state: SigmaZeroState, view: View, g: Tensor, k: int, steps: int
-    ) -> SigmaZeroState:
+    def _tighten(self, problem: Problem, state: SigmaZeroState, after: SigmaZeroState, g: Tensor) -> SigmaZeroState:
+        """Rows that have stopped to improve look for a point on fewer positions instead, beginning at their best one."""
+        away = state.stale < 0
+        leaves = ~away & (after.stale >= min(PATIENCE, self.steps // 10))
+        begin, on = per_row(leaves, g), per_row(away | leaves, g)
+        x, mean = tighten(problem, g, state.mean)
+        first = torch.where(per_row(problem.found.met, g), problem.found.x, state.x)
+        x, mean = torch.where(begin, first, x), mean.masked_fill_(begin, 0.0)
+        return replace(
+            after, x=torch.where(on, x, after.x), mean=torch.where(on, mean, after.mean),
+            stale=after.stale.masked_fill(away | leaves, -1),
+        )  # fmt: skip
+
+    def _descend(self, problem: Problem, state: SigmaZeroState, view: View, g: Tensor, k: int) -> SigmaZeroState:
         """Algorithm 1, lines 3 to 10."""
         region, width = geometry(problem)
         x, x0 = state.x, problem.x0
@@ -127,17 +137,21 @@ class SigmaZero:
 
         mean = (state.mean * 0.9).add_(0.1 * g)
         square = (state.square * 0.999).add_(0.001 * g * g)
-        rate = _cosine(self.step_size, max(k - 1, 0), steps)
+        rate = _cosine(self.step_size, max(k - 1, 0), self.steps)
         spread = square.sqrt().div_(math.sqrt(1 - 0.999 ** (k + 1))).add_(1e-8)
         change -= (mean / spread).mul_(rate / (1 - 0.9 ** (k + 1)))
         moved = change.mul_(width).add_(x0).clamp_(*problem.threat.box)
 
-        shift = self.pace * _cosine(self.step_size, k, steps)
+        shift = self.pace * _cosine(self.step_size, k, self.steps)
         threshold = torch.where(view.met, state.threshold + shift, state.threshold - shift).clamp_(0.0, 1.0)
         groups = region.positions((moved - x0).abs_().div_(width))
         kept = (groups >= threshold.view(-1, 1, 1)).any(1, keepdim=True)
         x = torch.where(kept, region.positions(moved), region.positions(x0)).view_as(x0)
-        return SigmaZeroState(x=x, mean=mean, square=square, threshold=threshold)
+        better = problem.found.score > state.best
+        return SigmaZeroState(
+            x=x, mean=mean, square=square, threshold=threshold, best=problem.found.score.clone(),
+            stale=(state.stale + 1).masked_fill_(better, 0),
+        )  # fmt: skip
 
 
 def _cosine(rate: float, k: int, steps: int) -> float:
