@@ -268,7 +268,8 @@ class Target:
         if not math.isfinite(float(lead.sum())):
             found.error |= live & ~lead.isfinite()
         if self.queries is not None:
-            live &= found.queries < self.queries  # a look beyond the limit is not recorded
+            # a look beyond the limit is not recorded
+            live &= found.queries + (len(draws) if asked else 1) <= self.queries
         found.forwards += live * passes
         if asked:
             found.queries += live * len(draws)

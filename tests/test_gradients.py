@@ -187,6 +187,20 @@ def test_before_the_softmax_saturated_probabilities_have_gradients() -> None:
     assert bool((model(found.x[found.success]).argmax(1) != y[found.success]).all())
 
 
+def test_the_gate_of_an_inner_layer_is_not_taken_for_the_answer() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.last = nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            return self.last(x * self.gate(x).sigmoid()).softmax(1)  # type: ignore[no-any-return]
+
+    model, x = Gated().eval(), images()
+    assert torch.allclose(BeforeSoftmax(model)(x).softmax(1), model(x))
+
+
 def test_before_no_softmax_there_is_nothing() -> None:
     with pytest.raises(ModelError, match="calls no softmax"):
         BeforeSoftmax(net())(images())

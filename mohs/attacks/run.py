@@ -28,6 +28,7 @@ from mohs.attacks._quiet import QuietGenerators, keep_memory
 from mohs.attacks._ranking import Ranking, by_logit
 from mohs.attacks._wave import Wave
 from mohs.errors import AccessError, ThreatError, UsageError
+from mohs.guide import Guide
 from mohs.problem import Findings, Goal, Problem
 from mohs.regions import per_row
 from mohs.target import Target
@@ -61,6 +62,7 @@ def attack(
     rank: Ranking = by_logit,
     eps: Tensor | None = None,
     confidence: float = 0.0,
+    reject: int | None = None,
     start: Tensor | None = None,
     seed: int = 0,
     batch: int | None = None,
@@ -86,6 +88,7 @@ def attack(
             linearised boundaries).
         eps: a radius per example [N], instead of the threat's.
         confidence: by how many logits the wrong answer must win to count.
+        reject: index of the logit by which the model rejects an input: to be rejected is no success then.
         start: points [N, ...] to begin from, such as an earlier outcome's ``x``; they are brought into region and box.
         seed: of the random streams; the global generators are not touched.
         batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: one that
@@ -107,7 +110,7 @@ def attack(
     with torch.inference_mode(False):  # evaluation code often stands inside inference_mode, which knows no gradients
         job = Job(
             attack, model, x, y, Threat.parse(threat), targets=targets, restarts=restarts, aims=aims, rank=rank, eps=eps,
-            confidence=confidence, start=start, seed=seed, batch=batch, stop=stop, trace=trace, guide=guide,
+            confidence=confidence, reject=reject, start=start, seed=seed, batch=batch, stop=stop, trace=trace, guide=guide,
             average=average,
         )  # fmt: skip
         finished = broken = 0
@@ -125,7 +128,7 @@ class Job:
     def __init__(
         self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *,
         targets: Tensor | None = None, restarts: int = 1, aims: int = 0, rank: Ranking = by_logit,
-        eps: Tensor | None = None, confidence: float = 0.0, start: Tensor | None = None, seed: int = 0,
+        eps: Tensor | None = None, confidence: float = 0.0, reject: int | None = None, start: Tensor | None = None, seed: int = 0,
         batch: int | None = None, stop: Stop | None = None, trace: bool = False, guide: nn.Module | None = None,
         average: int | None = None,
     ) -> None:  # fmt: skip
@@ -146,6 +149,11 @@ class Job:
         if average is not None and (type(average) is not int or average < 1):
             raise UsageError(f"average must be a whole number >= 1, or None; got {average!r}.")
         average = min(threat.draws, AVERAGE) or 1 if average is None else average
+        if threat.queries is not None and isinstance(guide, Guide) and guide.needs < Access.GRADIENT:
+            raise UsageError(
+                f"{type(guide).__name__} looks at the model {guide.backwards} times for each gradient, which a limit of "
+                f"{threat.queries} queries does not count. Leave the limit out, or use an attack that needs no gradients."
+            )
         if attack.needs > threat.access and guide is None:
             raise AccessError(
                 f"{attack!r} needs access {attack.needs.name}; the threat {threat} grants {threat.access.name}. "
@@ -168,7 +176,7 @@ class Job:
         if reason := refused_norm(attack, threat):
             raise ThreatError(f"{reason}. Choose one of these, or another attack.")
         self.attack, self.threat, self.seed = attack, threat, seed
-        self.rank, self.confidence, self.start = rank, confidence, start
+        self.rank, self.confidence, self.start, self.reject = rank, confidence, start, reject
         if not getattr(attack, "random", True) and threat.draws == 0:
             restarts = 1  # a further restart of a deterministic attack is the same one
         self.rows = restarts * max(aims, 1)
@@ -286,10 +294,10 @@ class Job:
         """The rows of these numbers of these examples, nothing found yet."""
         x0 = self.x[example]
         if self.targets is not None:
-            goal = Goal.attain(self.targets[example], confidence=self.confidence)
+            goal = Goal.attain(self.targets[example], reject=self.reject, confidence=self.confidence)
         else:
             aim = None if self.ranked is None else self.ranked[example, number % self.aims]
-            goal = Goal.leave(self.y[example], aim, confidence=self.confidence)
+            goal = Goal.leave(self.y[example], aim, reject=self.reject, confidence=self.confidence)
         restart, eps = number // max(self.aims, 1), self.eps[example]
         key = streams.derive(self.key[example], restart)
         warm = None
@@ -362,7 +370,7 @@ class Job:
         if done is not None:
             found.settled |= done
         if self.target.queries is not None:
-            found.settled |= found.queries >= self.target.queries
+            found.settled |= found.queries + self.target.average > self.target.queries
         if self.stop is Stop.SUCCESS:
             found.settled |= found.met
             # the padding repeats a live row's numbers but never holds a success, so plain minima are right

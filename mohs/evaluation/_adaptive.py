@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 def look(run: _Evaluation, stated_accuracy: float | None) -> None:
     """Take the sample that all checks share; a random model is scored on fresh draws where the threat does not say how many."""
     said = defenses.declared(run.model)
+    if said.rejects:
+        raise ThreatError(
+            f"{said.defenses[0]!r} may reject an input, and an evaluation does not know yet that to be rejected is no success for "
+            "the attacker. Use mohs.attack(..., reject=K), where K is the logit of the rejection."
+        )
     if said.unit and run.threat.box != (0.0, 1.0):
         raise ThreatError(
             f"The defenses of this model ({', '.join(map(repr, said.defenses))}) need inputs in [0, 1]; the threat's box is "
@@ -28,19 +33,23 @@ def look(run: _Evaluation, stated_accuracy: float | None) -> None:
         )
     usable(run.model, run.x, run.y, stated_accuracy, run.batch)
     run.probe = Probe(run.model, run.x, run.y, run.threat, stated_accuracy, run.seed, run.batch)
-    paid = any(isinstance(m, BlackBox) for m in run.model.modules())
     training = any(m.training for m in run.model.modules())  # a check blocks that, and mends it to look further
-    if run.adaptive == "off" or paid or training or run.threat.draws or run.threat.access == Access.NONE:
+    if run.adaptive == "off" or _paid(run) or training or run.threat.draws or run.threat.access == Access.NONE:
         return
     if run.probe.random:
         run.threat = run.probe.threat = replace(run.threat, draws=tactics.DRAWS)
+
+
+def _paid(run: _Evaluation) -> bool:
+    """Does each look at the model have its price?"""
+    return any(isinstance(m, BlackBox) for m in run.model.modules())
 
 
 def findings(run: _Evaluation) -> list[records.Finding]:
     """What the checks see, and what was done about it: the tactic that guides the attacks is chosen here."""
     with untouched(run.model, run.seed):
         seen = examine(run.probe)
-        if run.adaptive == "off" or run.threat.access < Access.GRADIENT or not run.steps:
+        if run.adaptive == "off" or run.threat.access < Access.GRADIENT or not run.steps or _paid(run):
             return seen
         believe = run.adaptive == "declared"
         run.choice = tactics.choose(run.probe, seen, run.threat, run.seed, run.batch, believe=believe)

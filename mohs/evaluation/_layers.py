@@ -31,6 +31,7 @@ class Call:
     came: Tensor
     went: Tensor
     began: int
+    slopes: tuple[Tensor | None, Tensor | None] = (None, None)
 
     @property
     def fits(self) -> bool:
@@ -46,10 +47,11 @@ class Call:
 
 def trace(model: nn.Module, x: Tensor, back: bool = True) -> list[Call]:
     """Every call of a layer with a tensor in and a tensor out, as ``model`` answers to ``x``; ``back``: with gradients of the
-    margin of its own answer in ``came.grad`` and ``went.grad``, where they arrive."""
+    margin of its own answer in ``slopes``, where they arrive."""
     calls: list[Call] = []
     began: dict[int, int] = {}
-    names = {m: n for n, m in model.named_modules() if n}
+    # scripted layers take no hooks
+    names = {m: n for n, m in model.named_modules() if n and not isinstance(m, torch.jit.ScriptModule)}
     order = iter(range(1 << 30))
 
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -58,9 +60,6 @@ def trace(model: nn.Module, x: Tensor, back: bool = True) -> list[Call]:
     def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         came = inputs[0] if inputs else None
         if isinstance(came, Tensor) and isinstance(output, Tensor) and came.is_floating_point():
-            for tensor in (came, output):
-                if tensor.requires_grad:
-                    tensor.retain_grad()
             calls.append(Call(names[module], module, came, output, began[id(module)]))
 
     handles = [m.register_forward_pre_hook(enter) for m in names]
@@ -70,11 +69,23 @@ def trace(model: nn.Module, x: Tensor, back: bool = True) -> list[Call]:
             logits = classify(model, x.detach().clone().requires_grad_(True))
             if back and logits.requires_grad:
                 _, cotangent = margin(logits.detach(), Goal.leave(logits.argmax(1)))
-                logits.backward(cotangent)
+                _pull(logits, cotangent, calls)
     finally:
         for handle in handles:
             handle.remove()
     return sorted(calls, key=lambda call: call.began)
+
+
+def _pull(logits: Tensor, cotangent: Tensor, calls: list[Call]) -> None:
+    """Note the gradients at all calls; not with backward(), which would leave some in leaves that are no parameters."""
+    tensors = [t for c in calls for t in (c.came, c.went) if t.requires_grad]
+    try:
+        found = iter(torch.autograd.grad(logits, tensors, cotangent, allow_unused=True) if tensors else ())
+    except (RuntimeError, NotImplementedError):  # a backward pass that raises names no layer
+        return
+    for call in calls:
+        came, went = (next(found) if t.requires_grad else None for t in (call.came, call.went))
+        call.slopes = came, went
 
 
 def losing(model: nn.Module, x: Tensor) -> list[str]:
@@ -83,8 +94,8 @@ def losing(model: nn.Module, x: Tensor) -> list[str]:
     lost: list[str] = []
     for _ in range(MOST):
         guide = Through(model, dict.fromkeys(lost)) if lost else model
-        calls = [c for c in trace(guide, x[:ROWS]) if c.fits]
-        found = [c for c in calls if _alive(c.went) and not _alive(c.came) and _name(c, lost) not in lost]
+        calls = [c for c in trace(guide, x[:ROWS]) if c.fits and c.module is not model]
+        found = [c for c in calls if _alive(c.slopes[1]) and not _alive(c.slopes[0]) and _name(c, lost) not in lost]
         if not found:
             # cut off: what comes out is needed, and cannot be differentiated at all
             found = [
@@ -101,8 +112,8 @@ def _name(call: Call, lost: list[str]) -> str:
     return call.name.removeprefix("model.") if lost else call.name
 
 
-def _alive(tensor: Tensor) -> bool:
-    return tensor.grad is not None and bool((tensor.grad != 0).any())
+def _alive(slope: Tensor | None) -> bool:
+    return slope is not None and bool((slope != 0).any())
 
 
 def bare(model: nn.Module, x: Tensor) -> list[str]:

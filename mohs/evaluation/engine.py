@@ -29,6 +29,7 @@ from mohs.evaluation._order import WORTH, portions, survivors
 from mohs.evaluation._quiet import untouched
 from mohs.evaluation.checks import Probe
 from mohs.evaluation.plans import Plan, PlanStep, load_plan
+from mohs.evaluation.replay import wrong
 from mohs.models import weights_hash
 from mohs.problem import Goal
 from mohs.target import classify
@@ -36,6 +37,8 @@ from mohs.threat import Access, Threat
 
 CONTROL = 100
 """Size of the control subset: every attack runs on all of it, so that their strengths can be compared."""
+CONFIRM = 5
+"""How many times as many draws confirm a break of a random model as chose it."""
 Notify = Callable[[str, int, int, int], None]
 """Called with (stage, examples done, of how many, of these broken)."""
 
@@ -112,8 +115,8 @@ def evaluate(
         )
     if type(exam) is not int or exam < 0:
         raise UsageError(f"exam must be a whole number of examples >= 0; got {exam!r}.")
-    if exam and threat.region.name.startswith("l0"):
-        raise ThreatError(f"The exam serves every norm but l0; got {threat}. Leave it out.")
+    if exam and (threat.region.name.startswith("l0") or threat.region.eps == 0):
+        raise ThreatError(f"The exam serves every norm but l0, at a radius above 0; got {threat}. Leave it out.")
     if adaptive not in ("declared", "blind", "off"):
         raise UsageError(f"adaptive must be 'declared', 'blind' or 'off'; got {adaptive!r}.")
     data = dataset(data)
@@ -347,14 +350,15 @@ class _Evaluation:
 
     def _write(self, index: int, ids: Tensor, found: Outcome, alive: np.ndarray) -> None:
         """Record the examples whose answer has just become final, in one transaction."""
-        won = found.success
+        won = self._confirmed(found, ids)
         label, _, confidence = self._answers(found.x[won], self.y[ids[won]])
         label_after, confidence_after = self.y[ids].cpu().numpy().copy(), np.full(len(ids), math.nan)
         mask = won.cpu().numpy()
         label_after[mask], confidence_after[mask] = label, confidence
+        size, restart = found.size.masked_fill(~won, math.inf), found.restart.masked_fill(~won, -1)
         rows = records.Results(
-            example=ids.cpu().numpy(), success=mask, size=found.size.cpu().numpy(), margin=found.margin.cpu().numpy(),
-            restart=found.restart.cpu().numpy(), label_after=label_after, confidence_after=confidence_after,
+            example=ids.cpu().numpy(), success=mask, size=size.cpu().numpy(), margin=found.margin.cpu().numpy(),
+            restart=restart.cpu().numpy(), label_after=label_after, confidence_after=confidence_after,
             forwards=found.forwards.cpu().numpy(), backwards=found.backwards.cpu().numpy(),
             queries=found.queries.cpu().numpy(),
         )  # fmt: skip
@@ -366,6 +370,20 @@ class _Evaluation:
             kept = (~won).nonzero().squeeze(1).tolist()
             nearest = {i: found.x[j].cpu().numpy() for j, i in zip(kept, ids[kept].tolist()) if alive[i]}
         self.run.ledger.put_results(index, rows, points, inputs, nearest)
+
+    def _confirmed(self, found: Outcome, ids: Tensor) -> Tensor:
+        """Which successes stand, [B]: of a random model, only those that win again on draws that had no part in their choice.
+
+        The attack has put many points before the judge and kept the first that won; some won by luck.
+        """
+        if not self.threat.draws:
+            return found.success
+        won, seed = found.success.clone(), streams.text_key(f"{self.seed} confirmation") % (1 << 62)
+        for rows in won.nonzero().squeeze(1).split(self.batch):
+            won[rows] = wrong(
+                self.model, found.x[rows], self.y[ids[rows]], self.batch, CONFIRM * self.threat.draws, seed
+            )
+        return won
 
     def _proof(self, certificate: Any, rows: Any) -> Any:
         from mohs.certificates import certify
@@ -407,13 +425,20 @@ class _Evaluation:
         labels, margins, confidences = [], [], []
         for at in range(0, len(x), self.batch):
             part, rows = x[at : at + self.batch], min(self.batch, len(x) - at)
+            goal, draws = Goal.leave(y[at : at + rows]), max(self.threat.draws, 1)
             with untouched(self.model, self.seed), torch.no_grad():
-                logits = classify(self.model, self._padded(part))[:rows]
-            p, label = logits.softmax(1).max(1)
-            none = logits.isnan().any(1)  # argmax would call nan class 0; -1 is nobody's label, so it counts as wrong
+                looks = [classify(self.model, self._padded(part))[:rows] for _ in range(draws)]
+            logits = torch.stack(looks)
+            none = (
+                logits.isnan().any(2).any(0)
+            )  # argmax would call nan class 0; -1 is nobody's label, so it counts as wrong
+            # of a random model: the most frequent answer, with its mean probability and margin
+            answers = nn.functional.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
+            label = answers.argmax(1)
             labels.append(label.masked_fill(none, -1))
-            confidences.append(p)
-            margins.append((-Goal.leave(y[at : at + rows]).margin(logits)).masked_fill(none, math.nan))
+            confidences.append(logits.softmax(2).mean(0).gather(1, label.unsqueeze(1)).squeeze(1))
+            margin = torch.stack([-goal.margin(z) for z in looks]).mean(0)
+            margins.append(margin.masked_fill(none, math.nan))
         if not labels:
             return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
         return tuple(torch.cat(v).cpu().numpy() for v in (labels, margins, confidences))  # type: ignore[return-value]

@@ -111,7 +111,18 @@ def choose(
         return trial(tactic, probe.model, x, y, threat, seed, batch)
 
     trials = [tried(PLAIN if average is None else Tactic("gradients as they are", None, 1))]
-    for tactic in _candidates(probe, suspect, said, average):
+    try:
+        candidates = list(_candidates(probe, suspect, said, average))
+    except (
+        MohsError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # a model that cannot be taken apart
+        trials.append(Trial(Tactic("layer by layer"), 0, len(x), -math.inf, 0, str(error).split(". ")[0]))
+        candidates = []
+    for tactic in candidates:
         trials.append(tried(tactic))
         if trials[-1].broken >= ENOUGH * len(x):
             break
@@ -173,7 +184,13 @@ def trial(tactic: Tactic, model: nn.Module, x: Tensor, y: Tensor, threat: Threat
             seed=seed,
             batch=min(batch, len(x)),
         )
-    except (MohsError, RuntimeError, TypeError) as error:  # not every model can be copied, or called as a guide does
+    except (
+        MohsError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # not every model can be copied, or called as a guide does
         return Trial(tactic, 0, len(x), -math.inf, 0, str(error).split(". ")[0])
     return Trial(
         tactic, int(out.success.sum()), len(x), float(out.margin.clamp(min=-1e30).mean()),
@@ -241,7 +258,7 @@ def remedied(findings: Sequence[records.Finding], choice: Choice) -> list[record
             f"Done: all attacks take their gradients {chosen.tactic.name}. That broke {chosen.broken} of {chosen.n} examples; "
             f"as they are, {first.broken}."
         )
-    works = chosen.broken > 0
+    works = chosen is not first
     mended = []
     for finding in findings:
         if finding.id in REMEDIED and finding.severity in ("warn", "block"):

@@ -102,7 +102,7 @@ class Straight(Guide):
 
 
 def _custom_nodes(logits: Tensor) -> Iterator[torch.autograd.graph.Node]:
-    """The custom functions in the graph of ``logits``, but for our own."""
+    """The custom functions in the graph of ``logits``."""
     seen, waiting = set(), [logits.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -110,7 +110,7 @@ def _custom_nodes(logits: Tensor) -> Iterator[torch.autograd.graph.Node]:
             continue
         seen.add(node)
         waiting += [parent for parent, _ in node.next_functions]
-        if isinstance(node, BackwardCFunction) and not type(node).__module__.startswith("mohs."):
+        if isinstance(node, BackwardCFunction):
             yield node
 
 
@@ -124,26 +124,25 @@ def _pass_on(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ..
 
 
 class _Listening(TorchFunctionMode):
-    """Keeps what goes into the first softmax (or the like) over single answers."""
+    """Keeps what goes into each softmax (or the like) over single answers."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
-        self.rows, self.heard = rows, None
-
-    heard: Tensor | None
+        self.rows = rows
+        self.heard: list[Tensor] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         value = args[0] if args else None
         fits = isinstance(value, Tensor) and value.dim() == 2 and len(value) == self.rows
-        if self.heard is None and fits and getattr(func, "__name__", "") in SOFT:
-            self.heard = value
+        if fits and getattr(func, "__name__", "") in SOFT:
+            self.heard.append(value)
         return func(*args, **(kwargs or {}))
 
 
 class BeforeSoftmax(nn.Module):
-    """What goes into a model's first softmax over the classes: the logits it does not show.
+    """What goes into a model's first softmax over its classes: the logits it does not show.
 
     Probabilities that have rounded to 0 and 1 have no gradient; the values before them do. The answers are others than the
     model's, though mostly in the same order, so what is found with this guide is confirmed on the model.
@@ -168,9 +167,11 @@ class BeforeSoftmax(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, K]."""
         with _Listening(len(x)) as mode:
-            self.model(x)
-        if mode.heard is None:
+            answers = self.model(x)
+        # others, such as the gate of an inner layer, have another number of columns
+        fitting = [value for value in mode.heard if value.shape == answers.shape]
+        if not fitting:
             raise ModelError(
                 "The model calls no softmax over [B, K], so there is nothing before it. Use it as it is, or another guide."
             )
-        return mode.heard
+        return fitting[0]
