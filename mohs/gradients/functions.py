@@ -135,9 +135,8 @@ class _Listening(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         value = args[0] if args else None
-        fits = isinstance(value, Tensor) and value.dim() == 2 and len(value) == self.rows
-        if fits and getattr(func, "__name__", "") in SOFT:
-            self.heard.append(value)
+        if isinstance(value, Tensor) and value.dim() == 2 and len(value) == self.rows:
+            self.heard += [value] if getattr(func, "__name__", "") in SOFT else []
         return func(*args, **(kwargs or {}))
 
 
