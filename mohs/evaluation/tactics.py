@@ -33,6 +33,8 @@ DRAWS = 20
 """Fresh evaluations that score a random model where the threat does not say."""
 ENOUGH = 0.9
 """Share of the examples at which nothing better is looked for."""
+FAILURES = (MohsError, RuntimeError, TypeError, ValueError, AttributeError)
+"""Not every model can be taken apart, copied, or called as a guide does."""
 CLEARLY = 2
 """By how many more broken examples a tactic must win over the gradients as they are."""
 
@@ -113,13 +115,7 @@ def choose(
     trials = [tried(PLAIN if average is None else Tactic("gradients as they are", None, 1))]
     try:
         candidates = list(_candidates(probe, suspect, said, average))
-    except (
-        MohsError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:  # a model that cannot be taken apart
+    except FAILURES as error:
         trials.append(Trial(Tactic("layer by layer"), 0, len(x), -math.inf, 0, str(error).split(". ")[0]))
         candidates = []
     for tactic in candidates:
@@ -184,13 +180,7 @@ def trial(tactic: Tactic, model: nn.Module, x: Tensor, y: Tensor, threat: Threat
             seed=seed,
             batch=min(batch, len(x)),
         )
-    except (
-        MohsError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:  # not every model can be copied, or called as a guide does
+    except FAILURES as error:
         return Trial(tactic, 0, len(x), -math.inf, 0, str(error).split(". ")[0])
     return Trial(
         tactic, int(out.success.sum()), len(x), float(out.margin.clamp(min=-1e30).mean()),

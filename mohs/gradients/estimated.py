@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,15 @@ class _Estimated(torch.autograd.Function):
     """Value as given; the gradient is estimated when it is asked for."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, value: Tensor, estimate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(x)  # type: ignore[attr-defined]
-        ctx.estimate = estimate  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, value: Tensor, estimate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.estimate = estimate
         return value.clone()
 
     @staticmethod
-    def backward(ctx: object, cotangent: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return ctx.estimate(x, cotangent), None, None  # type: ignore[attr-defined]
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.estimate(x, cotangent), None, None
 
 
 class _Around(Guide):
