@@ -34,6 +34,7 @@ TWICE = f"{RELAY}, twice the passes"
 SAME = {
     "DeepFool": "DeepFool", "FAB": "FAB", "DDN": "DDN", "FMN": "FMN", "PDGD": "PDGD", "PDPGD": "PDPGD", "ALMA": "ALMA",
     "SuperDeepFool": "SDF", "TrustRegion": "TR", "CarliniWagner": "CW", "EAD": "EAD", "SigmaZero": "sigma-zero",
+    "JSMA": "JSMA", "SparseFool": "SparseFool", "LBFGS": "L-BFGS",
 }  # fmt: skip
 """Our attack by the peers' name of the same one."""
 

@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .peers import art_classifier, load, run_art, run_foolbox, seeded
+from .peers import art_classifier, art_deepfool_l2, load, run_art, run_foolbox, seeded
 
 MinimumAttack = Callable[[nn.Module, Tensor, Tensor, int, int], Tensor]
 LEAST = 10  # with fewer some divide by zero, in a tenth of their steps
@@ -54,6 +55,49 @@ def _art(name: str, share: float = 1.0, **settings: Any) -> MinimumAttack:
         return run_art(attack, x, y, seed)
 
     return run
+
+
+def _torchattacks(name: str, make: Callable[[int, Tensor], dict[str, Any]]) -> MinimumAttack:
+    def run(model: nn.Module, x: Tensor, y: Tensor, steps: int, seed: int) -> Tensor:
+        with seeded(seed):
+            return getattr(load("torchattacks"), name)(model, **make(steps, x))(x, y).detach()
+
+    return run
+
+
+def _pairs(steps: int, x: Tensor) -> dict[str, Any]:
+    """A saliency map moves two features a step, each to its bound, and stops at a share of all features."""
+    return {"theta": 1.0, "gamma": min(2 * steps / x[0].numel(), 1.0)}
+
+
+def _art_jsma(model: nn.Module, x: Tensor, y: Tensor, steps: int, seed: int) -> Tensor:
+    # Its labels are the classes to reach; without them it draws them at random.
+    attack = load("art").SaliencyMapMethod(
+        art_classifier(model, x), **_pairs(steps, x), batch_size=len(x), verbose=False
+    )
+    return run_art(attack, x, None, seed)
+
+
+def _art_deepfool(model: nn.Module, x: Tensor, y: Tensor, steps: int, seed: int) -> Tensor:
+    return art_deepfool_l2(model, x, y, 0.0, steps, 0.0, seed)
+
+
+def _advertorch_lbfgs(model: nn.Module, x: Tensor, y: Tensor, steps: int, seed: int) -> Tensor:
+    # It keeps a point only where the class it is given is the answer, whatever `targeted` says, so it gets the runner-up;
+    # and one image at a time, for a batch is one problem to it, with one line search.
+    attacks = load("advertorch")
+    with torch.no_grad():
+        logits = model(x)
+    goal = logits.scatter(1, y.unsqueeze(1), -math.inf).argmax(1)
+    attack = attacks.LBFGSAttack(
+        model,
+        logits.shape[1],
+        binary_search_steps=SEARCHES,
+        max_iterations=max(1, round(steps / SEARCHES)),
+        targeted=True,
+    )
+    found = [attack.perturb(x[i : i + 1], goal[i : i + 1]) for i in range(len(x))]
+    return torch.cat(found).detach() if found else x
 
 
 def _fmn(norm: float) -> MinimumAttack:
@@ -107,7 +151,8 @@ MINIMUM: dict[str, dict[str, dict[str, MinimumAttack]]] = {
             "CW": _foolbox("L2CarliniWagnerAttack", 1 / SEARCHES, binary_search_steps=SEARCHES),
             "DeepFool": _foolbox("L2DeepFoolAttack", candidates=None),
         },
-        "art": {"CW": _art("CarliniL2Method", 1 / SEARCHES, binary_search_steps=SEARCHES)},
+        "art": {"CW": _art("CarliniL2Method", 1 / SEARCHES, binary_search_steps=SEARCHES), "DeepFool": _art_deepfool},
+        "advertorch": {"L-BFGS": _advertorch_lbfgs},
     },
     "l1": {
         "adv-lib": {
@@ -125,6 +170,10 @@ MINIMUM: dict[str, dict[str, dict[str, MinimumAttack]]] = {
             "sigma-zero": _adv_lib("sigma_zero", "num_steps"), "FMN": _fmn(0), "PDPGD": _pdpgd(0),
         },
         "foolbox": {"FMN": _foolbox("L0FMNAttack"), "BB": _foolbox("L0BrendelBethgeAttack")},
+        "torchattacks": {
+            "JSMA": _torchattacks("JSMA", _pairs), "SparseFool": _torchattacks("SparseFool", lambda steps, x: {"steps": steps}),
+        },
+        "art": {"JSMA": _art_jsma},
     },
 }  # fmt: skip
 """By norm, library and attack."""

@@ -38,12 +38,14 @@ _MODULES = {
     "torchattacks": "torchattacks",
     "art": "art.attacks.evasion",
     "adv-lib": "adv_lib.attacks",
+    "advertorch": "advertorch.attacks",
 }
 _DISTRIBUTIONS = {
     "foolbox": "foolbox",
     "torchattacks": "torchattacks",
     "art": "adversarial-robustness-toolbox",
     "adv-lib": "adv-lib",
+    "advertorch": "advertorch",
 }
 
 
@@ -52,7 +54,7 @@ def missing(library: str) -> str | None:
     """Say why a peer cannot be used here, or None where it can.
 
     >>> missing("no-such-library")
-    "unknown peer 'no-such-library': known are foolbox, torchattacks, art, adv-lib"
+    "unknown peer 'no-such-library': known are foolbox, torchattacks, art, adv-lib, advertorch"
     """
     if library not in _MODULES:
         return f"unknown peer {library!r}: known are {', '.join(_MODULES)}"
@@ -215,9 +217,9 @@ def art_classifier(model: nn.Module, x: Tensor) -> Any:
     )
 
 
-def run_art(attack: Any, x: Tensor, y: Tensor, seed: int) -> Tensor:
+def run_art(attack: Any, x: Tensor, y: Tensor | None, seed: int) -> Tensor:
     with seeded(seed):
-        found = attack.generate(x.detach().cpu().numpy(), y.cpu().numpy())
+        found = attack.generate(x.detach().cpu().numpy(), None if y is None else y.cpu().numpy())
     return torch.from_numpy(found).to(x)
 
 

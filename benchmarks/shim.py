@@ -5,6 +5,7 @@ Only the benchmark uses this; nothing of it is part of Mohs.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -22,6 +23,14 @@ def prepare() -> None:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     stub_visdom()
     declare_torchvision_operators()
+    put_back_zero_gradients()
+
+
+def put_back_zero_gradients() -> None:
+    """Define the helper that torch dropped in 1.9: advertorch imports it for an attack that no benchmark uses."""
+    gradcheck = importlib.import_module("torch.autograd.gradcheck")  # the package shows a function by that name
+    if not hasattr(gradcheck, "zero_gradients"):
+        gradcheck.__dict__["zero_gradients"] = lambda x: None
 
 
 def stub_visdom() -> None:
