@@ -14,7 +14,7 @@ import pytest
 from record_builder import build
 
 from mohs.errors import DataError, RecordError
-from mohs.evaluation.seal import new_salt, open_seal, seal, unseal
+from mohs.evaluation.seal import Seal, new_salt, seal, unseal
 from mohs.records import Look, Record, Sealed, look, looks, looks_beside, read_looks
 from mohs.reports import words
 
@@ -104,9 +104,10 @@ class TestLooks:
     def test_opening_writes_the_look_down_and_failing_to_does_not(self, tmp_path: Path) -> None:
         path, commitment = tmp_path / "looks.jsonl", seal([3, 1], SALT)
         with pytest.raises(DataError):
-            open_seal(commitment, [1, 3], SALT, looks=path, who="x", run="r")
+            Seal(commitment, (1, 3), SALT).look(tmp_path / "run", "r", "x")
         assert not path.exists()
-        indices, sealed = open_seal(commitment, [3, 1], SALT, looks=path, who="x", run="r")
+        opened = Seal(commitment, (3, 1), SALT)
+        indices, sealed = opened.opened(), opened.look(tmp_path / "run", "r", "x")
         assert (indices, sealed.look, sealed.commitment) == ([3, 1], 1, commitment)
         assert read_looks(path) == [Look(commitment, "x", "r")]
         assert json.loads(path.read_text())["previous"] == hashlib.sha256(b"").hexdigest()
@@ -114,7 +115,7 @@ class TestLooks:
     def test_an_unwritable_place_opens_nothing(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(RecordError):
-            open_seal(seal([1], SALT), [1], SALT, looks=tmp_path / "file" / "looks.jsonl", who="x", run="r")
+            Seal(seal([1], SALT), (1,), SALT).look(tmp_path / "file" / "run", "r", "x")
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -1,4 +1,4 @@
-"""The command line: ``mohs demo | list | check | run | report | replay | diff | certify | train``.
+"""The command line: ``mohs demo | list | check | seal | run | report | replay | diff | certify | train``.
 
 Exit codes: 0 every claim upheld or certified, 10 refuted, 11 undecided, 12 a check blocks the verdict (or a replay does not
 confirm the record), 13 a certificate was contradicted, 2 wrong usage, 1 internal error, 130 interrupted.

@@ -91,6 +91,20 @@ Needles = Annotated[
         name=["--exam"], group=_how, help="on so many examples, whether the plan finds a point hidden there (0: none)"
     ),
 ]
+Until = Annotated[
+    Literal["end", "decided"],
+    Parameter(group=_how, help="decided: end as soon as the claim is; the examples come in a random order then"),
+]
+Reject = Annotated[
+    int | None,
+    Parameter(
+        group=_what,
+        help="the logit by which the model rejects an input (-1: the last); default: as its defenses declare",
+    ),
+]
+SealFile = Annotated[
+    Path | None, Parameter(group=_what, help="evaluate the examples that mohs seal chose, and write the look down")
+]
 Stated = Annotated[float | None, Parameter(group=_how, help="clean accuracy the model is said to have, 0 to 1")]
 
 
@@ -204,7 +218,7 @@ def run(
     weights: Weights = None, defense: DefenseText = None, answers: Answers = None, classes: Classes = None,
     n: Count = None, split: Split = "test", stated_accuracy: Stated = None,
     seed: Seed = 0, batch: Batch = None, control: Control = None, adaptive: Adaptive = "declared",
-    exam: Needles = 0,
+    exam: Needles = 0, until: Until = "end", reject: Reject = None, seal: SealFile = None,
 ) -> int:  # fmt: skip
     """Attack a model, record the evidence, and give a verdict on a claim.
 
@@ -218,13 +232,13 @@ def run(
         directory of the record: new, empty, or an earlier part of this very run.
     """
     from mohs.errors import CertificateContradicted
-    from mohs.evaluation import Claim, evaluate, load_plan
+    from mohs.evaluation import Claim, Seal, evaluate, load_plan
     from mohs.records import Record
     from mohs.reports import render
 
     parsed, chosen = _threat(threat, access, queries), load_plan(plan)  # refused before anything is loaded or written
     stated = Claim.parse(claim) if claim is not None else None
-    proofs = [_certificate(name) for name in certify or []]
+    proofs, sealed = [_certificate(name) for name in certify or []], None if seal is None else Seal.read(seal)
     served.refuse(model, access, answers)
     served.refuse_idle(model, chosen, parsed)
     if proofs:
@@ -234,7 +248,7 @@ def run(
         with screen.Progress() as progress:
             record = evaluate(
                 net, dataset, parsed, plan=chosen, claim=stated, out=out, certificates=proofs, seed=seed,
-                batch=batch, control=control, adaptive=adaptive, exam=exam,
+                batch=batch, control=control, adaptive=adaptive, exam=exam, until=until, reject=reject, seal=sealed,
                 stated_accuracy=stated_accuracy,
                 subject=_spec(model, weights, answers, classes, defense), command=_command(),
                 notify=progress.notify,
@@ -246,6 +260,28 @@ def run(
     screen.record(record)
     screen.next_steps([f"open {page}", f"mohs replay {shlex.quote(str(out))}"])
     return record.verdict.exit_code if record.verdict is not None else screen.blocked_code(record)
+
+
+@app.command
+def seal(data: Data, /, *, n: Annotated[int, Parameter(name=["--n"])], out: Path, split: Split = "test") -> int:
+    """Choose examples at random and commit to them, for an evaluation that counts: mohs run --seal FILE.
+
+    Parameters
+    ----------
+    n
+        how many examples.
+    out
+        the file that opens the seal; keep it to yourself until then.
+    """
+    from mohs import data as datasets
+    from mohs.evaluation import Seal
+
+    made = Seal.of(len(datasets.load(data, split=split)), n)
+    made.write(out)
+    screen.say(
+        f"wrote {out}: {n} examples of {data}. Publish the commitment, and keep the file to yourself:\n{made.commitment}"
+    )
+    return 0
 
 
 @app.command

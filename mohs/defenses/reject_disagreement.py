@@ -19,9 +19,8 @@ class RejectDisagreement(Ensemble):
         z_k = min_m (f_mk - max_(j != k) f_mj),   z_K = 0 (the rejection)
 
     z_k is positive exactly where every member answers k, so the highest logit is the common answer, or the rejection. That is
-    differentiable, and an attack on 'another class wins over the rejection' is an attack on all members at once. An attack
-    has to name the logit of the rejection, ``mohs.attack(..., reject=K)``: else to be rejected counts as broken. Evaluations do
-    not know it yet, and refuse such a model.
+    differentiable, and an attack on 'another class wins over the rejection' is an attack on all members at once. An evaluation
+    knows by itself that to be rejected is no success for the attack; ``mohs.attack`` has to be told, by ``reject=K``.
 
     Raises:
         UsageError: fewer than two models.

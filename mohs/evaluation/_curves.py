@@ -10,7 +10,7 @@ import torch
 from mohs import records
 
 if TYPE_CHECKING:
-    from mohs.evaluation.engine import _Evaluation
+    from mohs.evaluation._stages import Evaluation
 
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Radii of the accuracy curve, in units of the threat's."""
@@ -18,12 +18,12 @@ TRACED, TRACE_RESTARTS = 6, 5
 """Loss curves: examples of the control subset, restarts each."""
 
 
-def _curve_attack(evaluation: _Evaluation) -> Any:
+def _curve_attack(evaluation: Evaluation) -> Any:
     """The first iterative fixed-radius attack of the plan; its restarts are not used."""
     return next((a for _, a in evaluation.steps if a.finite and a.steps > 1), None)
 
 
-def loss_curves(evaluation: _Evaluation) -> None:
+def loss_curves(evaluation: Evaluation) -> None:
     """Madry's figure 1: the objective against the step, several restarts of a few control examples."""
     attack, record = _curve_attack(evaluation), evaluation.run.record()
     chosen = np.flatnonzero(record.examples.control & record.correct)[:TRACED]
@@ -48,7 +48,7 @@ def loss_curves(evaluation: _Evaluation) -> None:
     evaluation.bookmark.drop()
 
 
-def radius_curve(evaluation: _Evaluation) -> list[records.CurvePoint]:
+def radius_curve(evaluation: Evaluation) -> list[records.CurvePoint]:
     """Accuracy against radius on the control subset; radii are rows, and a break holds for every larger radius."""
     attack, record = _curve_attack(evaluation), evaluation.run.record()
     control = np.flatnonzero(record.examples.control)

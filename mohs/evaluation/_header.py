@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ from torch import nn
 
 import mohs
 from mohs import records
-from mohs.data import Dataset
 from mohs.evaluation.claims import Claim
-from mohs.evaluation.plans import Plan, PlanStep
+from mohs.evaluation.plans import PlanStep
 from mohs.models import BlackBox, Served
-from mohs.threat import Threat
+
+if TYPE_CHECKING:
+    from mohs.evaluation._stages import Evaluation
 
 Steps = Sequence[tuple[PlanStep, Any]]
 """Steps of a plan that can run, each with its attack."""
@@ -68,49 +70,54 @@ def claimed(claim: Claim | None) -> records.Claim | None:
     return None if claim is None else records.Claim(text=str(claim), tau=claim.tau, kind=claim.kind)
 
 
-def of_run(
-    model: nn.Module, weights: str, classes: int, data: Dataset, threat: Threat, plan: Plan, steps: Steps,
-    claim: Claim | None, certificates: Sequence[Any], seed: int, batch: int, control: int, adaptive: str, needles: int,
-    device: torch.device, *,
-    stated_accuracy: float | None, subject: str, command: str,
-) -> records.Header:  # fmt: skip
-    """Everything known before the first attack; its identity is what the results depend on."""
-    parts = [
+def _parts(run: Evaluation) -> list[records.Step]:
+    return [
         records.Step(
-            name=s.name,
-            config=repr(a),
-            restarts=s.restarts,
-            targets=aims(s, classes) or None,
-            rank=s.rank,
-            start=s.start,
-            share=s.share,
+            name=s.name, config=repr(a), restarts=s.restarts, targets=aims(s, run.classes) or None, rank=s.rank,
+            start=s.start, share=s.share,
         )
-        for s, a in steps
-    ]
-    identity = records.identity_of(
+        for s, a in run.steps
+    ]  # fmt: skip
+
+
+def identity(run: Evaluation, **more: str) -> str:
+    """Hash of what the results depend on."""
+    settings = asdict(run.settings)
+    if settings.pop("until") == "decided":  # then where the run ends depends on the claim
+        more |= {"until": str(run.claim)}
+    return records.identity_of(
         {
-            "model": weights, "architecture": repr(model), "data": data.hash, "threat": threat.to_dict(),
-            "plan": [s.model_dump() for s in parts], "certificates": [repr(c) for c in certificates], "seed": seed,
-            "batch": batch, "control": control, "adaptive": adaptive, "exam": needles, "version": mohs.__version__,
+            "model": run.weights, "architecture": repr(run.model), "data": run.data.hash, "threat": run.threat.to_dict(),
+            "plan": [s.model_dump() for s in _parts(run)], "certificates": [repr(c) for c in run.certificates],
+            "version": mohs.__version__, **settings, **more,
         }
     )  # fmt: skip
+
+
+def of_run(
+    run: Evaluation, *, stated_accuracy: float | None, subject: str, command: str, sealed: records.Sealed | None
+) -> records.Header:
+    """Everything known before the first attack; its identity is what the results depend on."""
+    model, data, settings = run.model, run.data, run.settings
     parameters = list(model.parameters())
     return records.Header(
-        identity=identity, command=command, seed=seed, batch=batch, stated_accuracy=stated_accuracy,
+        identity=identity(run), command=command, seed=settings.seed, batch=settings.batch, stated_accuracy=stated_accuracy,
+        until=settings.until, sealed=sealed,
         subject=records.Subject(
-            spec=subject, arch=repr(model)[:2000], weights_sha256=weights, classes=max(classes, 1),
+            spec=subject, arch=repr(model)[:2000], weights_sha256=run.weights, classes=max(run.classes, 1),
+            reject=settings.reject,
             parameters=sum(p.numel() for p in parameters),
             dtype=str(parameters[0].dtype).removeprefix("torch.") if parameters else "float32",
         ),
         data=records.Data(
             spec=data.name or "tensors", n=len(data), hash=data.hash, shape=list(data.x.shape[1:]),
-            class_names=list(data.classes),
+            class_names=[*data.classes, "rejected"] if settings.reject == len(data.classes) else list(data.classes),
         ),
-        threat=threat.to_dict(), threat_text=str(threat), plan=records.Plan(name=plan.name, steps=parts),
-        claim=claimed(claim),
+        threat=run.threat.to_dict(), threat_text=str(run.threat), plan=records.Plan(name=run.plan.name, steps=_parts(run)),
+        claim=claimed(run.claim),
         environment=records.Environment(
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, mohs=mohs.__version__,
-            platform=platform.platform(), threads=torch.get_num_threads(), device=str(device),
+            platform=platform.platform(), threads=torch.get_num_threads(), device=str(run.x.device),
         ),
         limits=_limits(model),
     )  # fmt: skip

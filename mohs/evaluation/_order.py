@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from mohs import records
+from mohs import records, streams
+from mohs.data import Dataset
 
 LEAST = 1 / 64
 """Share of all examples below which no step of a plan cuts the survivors: on so few, any step costs little beside the first."""
@@ -15,9 +16,14 @@ WORTH = 0.1
 near, or all are. Where it breaks fewer there, those behind, who were farther away still, promise less."""
 
 
-def portions(record: records.Record, index: int, share: float) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Survivors of the attacks before ``index``, those nearest to breaking first, cut into portions, and of each portion the
-    farther half.
+def shuffled(data: Dataset, seed: int) -> list[int]:
+    """The positions of all examples in an order that is random, but fixed by content and seed."""
+    return sorted(range(len(data)), key=lambda i: (streams.text_key(f"{seed} order {data.ids[i]}"), i))
+
+
+def portions(record: records.Record, index: int, share: float, block: range) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Survivors of the attacks before ``index`` in a block of examples, those nearest to breaking first, cut into portions, and
+    of each portion the farther half.
 
     The first portion also holds whom no attack has tried yet, and the control subset. It depends on the rows of earlier attacks
     alone, so that a resumed run cuts as an uninterrupted one does.
@@ -29,12 +35,14 @@ def portions(record: records.Record, index: int, share: float) -> list[tuple[np.
             rows = record.results(attack)
             tried[rows.example] = True
             best[rows.example] = np.fmax(best[rows.example], rows.margin)
-    alive = survivors(record, index)
+    within = np.zeros(record.n, dtype=bool)
+    within[block.start : block.stop] = True
+    alive = survivors(record, index) & within
     order = np.lexsort((np.arange(record.n), -np.nan_to_num(best, nan=-np.inf)))
     order = order[alive[order]]
-    size = max(math.ceil(share * len(order)), math.ceil(record.n * LEAST), 1)
+    size = max(math.ceil(share * len(order)), math.ceil(len(block) * LEAST), 1)
     head, tail = order[:size], order[size:]
-    control = np.flatnonzero(record.correct & record.examples.control)
+    control = np.flatnonzero(record.correct & record.examples.control & within)
     forced = np.concatenate([tail[~tried[tail]], np.setdiff1d(control, order[:size])])
     first = np.concatenate([head, forced[np.sort(np.unique(forced, return_index=True)[1])]]).astype(np.int64)
     rest = np.setdiff1d(tail, first, assume_unique=True)

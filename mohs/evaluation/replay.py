@@ -79,7 +79,7 @@ def replay(record: Record, model: nn.Module) -> Replayed:
             eps = torch.full((len(x),), threat.region.eps, dtype=x.dtype, device=device)
             inside = threat.region.contains(x, x0, eps)
             inside &= (x.flatten(1).amin(1) >= threat.box[0]) & (x.flatten(1).amax(1) <= threat.box[1])
-            met = wrong(model, x, y, batch, threat.draws, record.header.seed)
+            met = wrong(model, x, y, batch, threat.draws, record.header.seed, record.header.subject.reject)
             points += len(ids)
             confirmed += int((inside & met).sum())
             outside += [(attack, int(i)) for i in ids[(~inside).cpu().numpy()]]
@@ -87,12 +87,14 @@ def replay(record: Record, model: nn.Module) -> Replayed:
     return Replayed(points, confirmed, outside, right, weights_hash(model) == record.header.subject.weights_sha256)
 
 
-def wrong(model: nn.Module, x: Tensor, y: Tensor, batch: int, draws: int, seed: int) -> Tensor:
-    """Is each point answered wrongly, [B], by more than half of the draws where the model is random?"""
+def wrong(
+    model: nn.Module, x: Tensor, y: Tensor, batch: int, draws: int, seed: int, reject: int | None = None
+) -> Tensor:
+    """Is each point answered wrongly and not rejected, [B], by more than half of the draws where the model is random?"""
     fill = torch.arange(batch, device=x.device).clamp_max(len(x) - 1)
     looks, wins = max(draws, 1), torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with untouched(model, seed), torch.no_grad():
         for _ in range(looks):
             logits = classify(model, x[fill])[: len(x)]
-            wins += Goal.leave(y).margin(logits) > rounding(logits)
+            wins += Goal.leave(y, reject=reject).margin(logits) > rounding(logits)
     return wins * 2 > looks

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from mohs.errors import DataError
-from mohs.records import Sealed, look
+from mohs.records import Sealed, look, looks_beside
 
 _SHORTEST = 16
 
@@ -24,7 +26,7 @@ def seal(indices: Iterable[int], salt: str) -> str:
 
     An attack or a defense that was tuned on the examples it is judged on proves little. So choose some at random, publish
     the commitment, tune on others, and open the seal for the evaluation whose verdict counts. It fails where somebody looks
-    at the examples without saying so; ``open_seal`` keeps a list of the looks that were said.
+    at the examples without saying so; ``Seal.look`` keeps a list of the looks that were said.
 
     The commitment is ``SHA-256`` of the indices, in their order, and the salt, without which short lists could be guessed.
 
@@ -73,27 +75,86 @@ def unseal(commitment: str, indices: Iterable[int], salt: str) -> list[int]:
     return listed
 
 
-def open_seal(
-    commitment: str, indices: Iterable[int], salt: str, *, looks: str | Path, who: str, run: str
-) -> tuple[list[int], Sealed]:
-    """Open a seal for an evaluation, and write down that somebody looked.
+@dataclass(frozen=True)
+class Seal:
+    """Sealed examples together with what opens them: for ``mohs.evaluate(..., seal=...)`` and ``mohs run --seal``.
 
     Args:
-        commitment: what ``seal`` returned.
-        indices, salt: what it was given.
-        looks: the list of looks, such as ``mohs.records.looks_beside(out)``.
-        who: the command, or whoever looks.
-        run: the identity of the run; the same run may go on without being another look.
-
-    Returns:
-        The indices, and what the header of the record says of the look.
-
-    Raises:
-        DataError: the indices are not those that were sealed; no look is written down then.
-        RecordError: the list of looks was changed, or cannot be written: then nothing is opened.
+        commitment: what was published.
+        indices: positions in the data set, in the order in which they will be evaluated.
+        salt: what was hashed with them.
     """
-    listed = unseal(commitment, indices, salt)
-    return listed, look(looks, seal(listed, salt), who=who, run=run)
+
+    commitment: str
+    indices: tuple[int, ...]
+    salt: str
+
+    @classmethod
+    def of(cls, total: int, n: int) -> Seal:
+        """Seal n of a data set's examples, drawn at random by the system's generator, so that nobody can choose them.
+
+        Raises:
+            DataError: more than there are, or none.
+        """
+        if not 1 <= n <= total:
+            raise DataError(f"Of {total} examples, 1 to {total} can be sealed; got {n}.")
+        indices, salt = tuple(secrets.SystemRandom().sample(range(total), n)), new_salt()
+        return cls(seal(indices, salt), indices, salt)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Seal:
+        """Read what ``write`` wrote.
+
+        Raises:
+            DataError: there is no such file, or it is no seal.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(str(content["commitment"]), tuple(_listed(content["indices"])), str(content["salt"]))
+        except OSError as error:
+            raise DataError(f"{path}: a seal was asked for, and it cannot be read ({error.strerror}).") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is no seal. Make one with `mohs seal`, and keep the file as it is.") from error
+
+    def write(self, path: str | Path) -> None:
+        """Write it to a file of its own, which only its owner can read; one that exists is not overwritten.
+
+        Raises:
+            DataError: the file exists, or cannot be written.
+        """
+        content = {"commitment": self.commitment, "indices": list(self.indices), "salt": self.salt}
+        try:
+            with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                file.write(json.dumps(content) + "\n")
+        except FileExistsError:
+            raise DataError(f"{path} exists, and a seal that is lost cannot be opened. Choose another file.") from None
+        except OSError as error:
+            raise DataError(f"The seal cannot be written to {path} ({error.strerror}). Choose another file.") from error
+
+    def opened(self) -> list[int]:
+        """The indices, if they are those that were committed to.
+
+        Raises:
+            DataError: they are not.
+        """
+        return unseal(self.commitment, self.indices, self.salt)
+
+    def look(self, out: str | Path, run: str, who: str) -> Sealed:
+        """Write down, beside the directory of a run, that somebody looks.
+
+        Args:
+            out: the directory of the record.
+            run: the identity of the run; the same run may go on without being another look.
+            who: the command, or whoever looks.
+
+        Returns:
+            What the header of the record says of the look.
+
+        Raises:
+            DataError: the indices are not those that were sealed; no look is written down then.
+            RecordError: the list of looks was changed, or cannot be written: then nothing is opened.
+        """
+        return look(looks_beside(out), seal(self.opened(), self.salt), who=who, run=run)
 
 
 def _listed(indices: Iterable[int]) -> list[int]:

@@ -110,7 +110,7 @@ def choose(
     average = AVERAGE if probe.random else None
 
     def tried(tactic: Tactic) -> Trial:
-        return trial(tactic, probe.model, x, y, threat, seed, batch)
+        return trial(tactic, probe.model, x, y, threat, seed, batch, probe.reject)
 
     trials = [tried(PLAIN if average is None else Tactic("gradients as they are", None, 1))]
     try:
@@ -165,7 +165,16 @@ def _candidates(
         yield Tactic("in double precision", _Double, average, "vanishing")
 
 
-def trial(tactic: Tactic, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, batch: int) -> Trial:
+def trial(
+    tactic: Tactic,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    seed: int,
+    batch: int,
+    reject: int | None = None,
+) -> Trial:
     """One short attack with the tactic's gradients on the examples; a tactic that cannot run says why."""
     one = SPGD(steps=STEPS) if isinstance(threat.region, L0) else APGD(steps=STEPS)
     try:
@@ -177,6 +186,7 @@ def trial(tactic: Tactic, model: nn.Module, x: Tensor, y: Tensor, threat: Threat
             threat,
             guide=tactic.guide(model),
             average=tactic.average,
+            reject=reject,
             seed=seed,
             batch=min(batch, len(x)),
         )

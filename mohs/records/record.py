@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mohs.errors import RecordError
-from mohs.records import _files, stats
+from mohs.records import _files, anytime, stats
 from mohs.records.header import load_header
 from mohs.records.ledger import CertificateRows, Ledger, Results
 
@@ -158,7 +158,7 @@ class Record:
         return self.header.verdict
 
     def interval(self, what: str = "survived", alpha: float = 0.05) -> tuple[float, float]:
-        """Exact two-sided Clopper-Pearson interval of a share.
+        """Exact two-sided Clopper-Pearson interval of a share; of a run that may end early, one that is valid at any end.
 
         Args:
             what: survived, correct or certified.
@@ -169,7 +169,8 @@ class Record:
             raise RecordError(
                 f"no interval for {what!r}: allowed are survived, correct and (after a certificate ran) certified."
             )
-        return stats.clopper_pearson(int(chosen.sum()), self.n, alpha)
+        bounds = anytime.confidence_sequence if self.header.until == "decided" else stats.clopper_pearson
+        return bounds(int(chosen.sum()), self.n, alpha)
 
     def describe(self) -> str:
         """Say in a sentence what is known, with n, interval, threat and the words "upper bound"."""

@@ -32,6 +32,9 @@ class Subject(_Part):
     weights_sha256: str
     parameters: int = Field(ge=0, description="number of trainable and fixed numbers")
     classes: int = Field(ge=1)
+    reject: int | None = Field(
+        default=None, description="the logit by which it rejects an input; None: it rejects nothing"
+    )
     dtype: str = "float32"
 
 
@@ -204,6 +207,9 @@ class Header(_Part):
     plan: Plan
     stated_accuracy: float | None = Field(default=None, description="clean accuracy the model was said to have")
     claim: Claim | None = None
+    until: Literal["end", "decided"] = Field(
+        default="end", description="decided: it may end before all examples were seen"
+    )
     sealed: Sealed | None = None
     verdict: Verdict | None = None
     environment: Environment = Field(default_factory=Environment)

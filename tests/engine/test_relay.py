@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import mohs
 from mohs import Access, Threat, records
 from mohs.errors import UsageError
-from mohs.evaluation import Plan, PlanStep, _order, engine
+from mohs.evaluation import Plan, PlanStep, _order, _stages, engine
 from mohs.problem import Problem
 from mohs.records.ledger import Ledger
 
@@ -103,7 +103,7 @@ def test_rank_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         asked.append(count)
         return by_distance(problem, count)
 
-    monkeypatch.setattr(engine, "by_distance", spy)
+    monkeypatch.setattr(_stages, "by_distance", spy)
     plan = Plan("aimed", (PlanStep.make("PGD", {"steps": 2}, aims=3, rank="distance"),))
     evaluate(plan=plan, out=tmp_path / "run")
     assert set(asked) == {3}
@@ -159,7 +159,7 @@ class Planned:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, breaks: set[int]) -> None:
         self.given: list[list[int]] = []
-        run, write = engine._Evaluation._run, engine._Evaluation._write
+        run, write = _stages.Evaluation._run, _stages.Evaluation._write
 
         def told(evaluation: Any, index: int, stage: str, name: str, todo: Tensor, *given: Any) -> None:
             if index == 1:
@@ -173,8 +173,8 @@ class Planned:
                 found = replace(found, success=won, x=found.x.clone())
             write(evaluation, index, ids, found, alive)
 
-        monkeypatch.setattr(engine._Evaluation, "_run", told)
-        monkeypatch.setattr(engine._Evaluation, "_write", written)
+        monkeypatch.setattr(_stages.Evaluation, "_run", told)
+        monkeypatch.setattr(_stages.Evaluation, "_write", written)
 
 
 @pytest.mark.parametrize(("breaks", "portions"), [(set(), 1), ({0, 1}, 1), ({3}, 2), ({3, 7}, 3), ({5, 6, 7}, 1)])

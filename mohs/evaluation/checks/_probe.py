@@ -31,6 +31,7 @@ class Probe:
         stated_accuracy: what somebody says the clean accuracy is, or None.
         seed: picks the sample and the small noise.
         batch: physical batch size; every pass is padded to it. None: passes as large as what is asked.
+        reject: the logit by which the model rejects an input.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Probe:
         stated_accuracy: float | None = None,
         seed: int = 0,
         batch: int | None = None,
+        reject: int | None = None,
     ) -> None:
+        self.reject = reject
         self.model, self.threat, self.stated_accuracy, self.batch = model, threat, stated_accuracy, batch
         self.all_x = x
         # the labels of real data are often sorted, so the first rows would not do
