@@ -18,7 +18,21 @@ from mohs.attacks import REGISTRY
 from mohs.errors import MohsError
 from mohs.evaluation.plans import available_plans
 
-from . import autoattack, batches, doctor, exact, imports, memory, minimum, overhead, peer_bugs, robust, strength
+from . import (
+    autoattack,
+    batches,
+    doctor,
+    exact,
+    examined,
+    imports,
+    memory,
+    minimum,
+    overhead,
+    peer_bugs,
+    robust,
+    simulations,
+    strength,
+)  # fmt: skip
 from .peers import LIBRARIES
 from .subjects import BUNDLED_DATA, BUNDLED_NETS, Options, load_text, setup
 
@@ -34,6 +48,8 @@ SECTIONS: dict[str, Callable[[Options], Iterator[str]]] = {
     "exact": exact.run,
     "memory": memory.run,
     "doctor": doctor.run,
+    "exam": examined.run,
+    "simulations": simulations.run,
 }
 USUAL = ("overhead", "pgd", "deepfool", "batches", "import")
 """What runs where no section is named; the others take longer and say what they need."""

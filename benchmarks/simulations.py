@@ -1,0 +1,136 @@
+"""How often the bounds and verdicts are wrong, over 10,000 simulated evaluations whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mohs.records import clopper_pearson, finite_bounds, finite_sequence, mean_bounds, median_interval
+from mohs.records.anytime import confidence_sequence
+
+from .measure import table
+from .subjects import Options
+
+RUNS, N, ALPHA = 10_000, 300, 0.05
+TOTAL = 120  # size of the finite test sets
+ROWS = 60  # scores of each simulated random model
+SHARES = (0.05, 0.3, 0.5, 0.6, 0.9, 0.99)
+
+
+def run(options: Options) -> Iterator[str]:
+    """One table: what was promised, and what came."""
+    yield "## Bounds and verdicts, simulated"
+    yield (
+        f"{RUNS:,} evaluations each, of up to {N} examples, seed fixed. 'Any n': looked at after every example, and wrong if ever. "
+        f"Promised is at most {ALPHA} (one-sided bounds: {ALPHA} each); three standard errors of a share of {ALPHA} are "
+        f"{3 * math.sqrt(ALPHA * (1 - ALPHA) / RUNS):.4f}. The last lines break the promise on purpose: bounds for a fixed n, "
+        "looked at after every example."
+    )
+    rows = [*_sequences(), *_fixed(), *_finite(), *_means(), *_medians(), *_peeking()]
+    head = ["what", "truth", "wrong below", "wrong above", "median n at the verdict"]
+    options.keep("simulations", [dict(zip(head, row, strict=True)) for row in rows])
+    yield table(head, rows)
+
+
+def _paths(p: float) -> NDArray[np.int64]:
+    """Survivors after 1 to N examples of each evaluation."""
+    return (np.random.default_rng(round(1000 * p)).random((RUNS, N)) < p).cumsum(1)
+
+
+def _bounds(of: object, *more: object) -> NDArray[np.float64]:
+    """(low, high) by n - 1 and k, from the function that verdicts use."""
+    found = np.zeros((N, N + 1, 2))
+    for n in range(1, N + 1):
+        for k in range(n + 1):
+            found[n - 1, k] = of(k, n, *more)  # type: ignore[operator]
+    return found
+
+
+def _share(wrong: NDArray[np.bool_]) -> str:
+    return f"{wrong.mean():.4f}"
+
+
+def _sequences() -> Iterator[list[object]]:
+    one, two = _bounds(confidence_sequence, ALPHA, 1), _bounds(confidence_sequence, ALPHA, 2)
+    for p in SHARES:
+        k = _paths(p)
+        low, high = (two[np.arange(N), k][..., side] for side in (0, 1))
+        yield ["share, any n, two-sided (sum of both)", p, _share((low > p).any(1)), _share((high < p).any(1)), "-"]
+    for tau in (0.3, 0.6, 0.9):
+        for truth in (tau, tau - 0.05, tau + 0.05, tau - 0.25):
+            k = _paths(truth)
+            low, high = (one[np.arange(N), k][..., side] for side in (0, 1))
+            refuted, upheld = high < tau, low >= tau
+            ended = refuted | upheld
+            at = np.where(ended.any(1), ended.argmax(1), N - 1)
+            first = np.arange(RUNS), at
+            false = upheld[first] if truth < tau else np.zeros(RUNS, bool)
+            true = refuted[first] if truth >= tau else np.zeros(RUNS, bool)
+            yield [
+                f"verdict on accuracy >= {tau}, stopped when decided", f"{truth:.2f}", f"upheld falsely {_share(false)}",
+                f"refuted falsely {_share(true)}", f"{np.median(at + 1):.0f} ({ended.any(1).mean():.0%} decided)",
+            ]  # fmt: skip
+
+
+def _fixed() -> Iterator[list[object]]:
+    one = np.array([clopper_pearson(k, N, ALPHA, 1) for k in range(N + 1)])
+    for p in SHARES:
+        low, high = one[_paths(p)[:, -1]].T
+        yield [f"share, fixed n = {N}, one-sided", p, _share(low > p), _share(high < p), "-"]
+
+
+def _finite() -> Iterator[list[object]]:
+    steps = range(5, TOTAL + 1, 5)
+    for many in (4, 60, 100, 119):
+        deck = np.tile((np.arange(TOTAL) < many).astype(np.int64), (RUNS, 1))
+        k = np.random.default_rng(many).permuted(deck, axis=1).cumsum(1)
+        seen, where = np.unique(k[:, 49], return_inverse=True)
+        fixed = np.array([finite_bounds(int(s), 50, TOTAL, ALPHA, 1) for s in seen])[where]
+        yield [f"test set of {TOTAL}, fixed n = 50", many, _share(fixed[:, 0] > many), _share(fixed[:, 1] < many), "-"]
+        below, above = np.zeros(RUNS, bool), np.zeros(RUNS, bool)
+        for n in steps:
+            seen, where = np.unique(k[:, n - 1], return_inverse=True)
+            low, high = np.array([finite_sequence(int(s), n, TOTAL, ALPHA) for s in seen])[where].T
+            below |= low > many
+            above |= high < many
+        yield [f"test set of {TOTAL}, every fifth n", many, _share(below), _share(above), "-"]
+
+
+def _means() -> Iterator[list[object]]:
+    few = RUNS // 10  # each of these takes a root search
+    rng = np.random.default_rng(7)
+    for name, x, truth in (
+        ("shares of five draws", rng.binomial(5, 0.7, (few, ROWS)) / 5, 0.7),
+        ("u-shaped", rng.beta(0.2, 0.1, (few, ROWS)), 2 / 3),
+    ):
+        bounds = np.array([mean_bounds(row, ALPHA, 1) for row in x])
+        label = f"mean score of {ROWS}, {name} ({few:,} runs)"
+        yield [label, f"{truth:.3f}", _share(bounds[:, 0] > truth), _share(bounds[:, 1] < truth), "-"]
+
+
+def _medians() -> Iterator[list[object]]:
+    for broken in (0.2, 0.8):
+        rng = np.random.default_rng(round(10 * broken))
+        sizes = np.where(rng.random((RUNS, 41)) < broken, rng.exponential(1.0, (RUNS, 41)), np.inf)
+        truth = -math.log(1 - 0.5 / broken) if broken > 0.5 else math.inf
+        bounds = np.array([median_interval(row, ALPHA, 1) for row in sizes])
+        yield [
+            f"median of 41 sizes, {1 - broken:.0%} not found", f"{truth:.3f}", _share(bounds[:, 0] > truth),
+            _share(bounds[:, 1] < truth), "-",
+        ]  # fmt: skip
+
+
+def _peeking() -> Iterator[list[object]]:
+    one = _bounds(clopper_pearson, ALPHA, 1)
+    for p in SHARES:
+        low, high = (one[np.arange(N), _paths(p)][..., side] for side in (0, 1))
+        yield [
+            "PROMISE BROKEN: fixed-n bounds, any n from 10",
+            p,
+            _share((low > p)[:, 9:].any(1)),
+            _share((high < p)[:, 9:].any(1)),
+            "-",
+        ]
