@@ -32,7 +32,7 @@ def pages() -> dict[str, str]:
     groups = {
         "attacks": (list(mohs.attacks.REGISTRY.values()), ATTACKS),
         "certificates": (_methods(certificates, "prove"), CERTIFICATES),
-        "defenses": (list(defenses.REGISTRY.values()), DEFENSES),
+        "defenses": ([*defenses.REGISTRY.values(), *defenses.DETECTORS.values()], DEFENSES),
         "gradients": (guides, GRADIENTS),
         "training": (_methods(training, "loss"), TRAINING),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mohs.defenses._base import Declaration, Defended, Defense, Honest, Stack, declared
+from mohs.defenses._detector import Detector
 from mohs.defenses._parse import parse_with
 from mohs.defenses.activation_pruning import ActivationPruning
 from mohs.defenses.bit_depth import BitDepth
@@ -21,6 +22,7 @@ from mohs.defenses.gradient_noise import GradientNoise
 from mohs.defenses.gradient_truncation import GradientTruncation
 from mohs.defenses.jpeg import JPEG
 from mohs.defenses.kwinners import KWinners
+from mohs.defenses.lid import LID
 from mohs.defenses.logit_rounding import LogitRounding
 from mohs.defenses.logit_scale import LogitScale
 from mohs.defenses.majority_vote import MajorityVote
@@ -65,6 +67,9 @@ REGISTRY: dict[str, type[Defense]] = {
 }
 """Every defense by the name the command line knows it by."""
 
+DETECTORS: dict[str, type[Detector]] = {"lid": LID}
+"""Those that learn from data what is usual, and reject the rest: ``LID().fit(model, x, y)`` is the defended model."""
+
 
 def parse(text: str | Iterable[str]) -> Defense:
     """The defense that a text names: ``jpeg:75``, or several, in the order in which data pass through them.
@@ -87,6 +92,7 @@ def parse(text: str | Iterable[str]) -> Defense:
 
 
 __all__ = [
+    "DETECTORS",
     "REGISTRY",
     "ActivationPruning",
     "BitDepth",
@@ -96,6 +102,7 @@ __all__ = [
     "Defense",
     "DefensivePerturbation",
     "Detach",
+    "Detector",
     "DoubleSoftmax",
     "GaussianBlur",
     "GradientNoise",
@@ -103,6 +110,7 @@ __all__ = [
     "Honest",
     "JPEG",
     "KWinners",
+    "LID",
     "LogitRounding",
     "LogitScale",
     "MajorityVote",
