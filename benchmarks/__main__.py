@@ -21,6 +21,7 @@ from mohs.evaluation.plans import available_plans
 from . import (
     autoattack,
     batches,
+    costs,
     doctor,
     exact,
     examined,
@@ -49,6 +50,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[str]]] = {
     "memory": memory.run,
     "doctor": doctor.run,
     "exam": examined.run,
+    "costs": costs.run,
     "simulations": simulations.run,
 }
 USUAL = ("overhead", "pgd", "deepfool", "batches", "import")
