@@ -31,7 +31,8 @@ def draws_needed(probe: Probe, guide: nn.Module | None = None) -> tuple[int, flo
 
         m = (v / |g|^2) / (1 / c^2 - 1)
 
-    for a cosine c. The gradients are those of ``guide``, where the model has none of its own. Signal and noise are told apart as in an analysis of variance; of the examples, the median is taken.
+    for a cosine c. The gradients are those of ``guide``, where the model has none of its own. Signal and noise are told apart
+    as in an analysis of variance; of the examples, the median is taken.
 
     Cost: 8 forwards and backwards of the sample.
     """
