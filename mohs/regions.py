@@ -15,24 +15,9 @@ import torch
 from torch import Tensor
 
 from mohs import streams
+from mohs._geometry import Box, largest, per_row, unit_scale
+from mohs._patch import Patch
 from mohs.errors import ThreatError
-
-Box = tuple[float, float]
-
-
-def per_row(values: Tensor, like: Tensor) -> Tensor:
-    """View [B] as [B, 1, ...] so that it broadcasts over the rows of ``like``."""
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
-def _largest(v: Tensor) -> Tensor:
-    return v.abs().flatten(1).amax(1)  # ten times faster on a CPU than vector_norm with p = inf
-
-
-def _unit_scale(v: Tensor) -> Tensor:
-    """Each row divided by its largest magnitude: powers of a float32 gradient of 1e-25 would vanish."""
-    return v / per_row(_largest(v).clamp_min_(torch.finfo(v.dtype).tiny), v)
-
 
 def _power(v: Tensor, exponent: float) -> Tensor:
     """v ** exponent for v >= 0, the same bits wherever in the tensor a number stands.
@@ -70,7 +55,7 @@ class Lp:
 
     @property
     def kind(self) -> str:
-        """The family an attack names when it says which regions it serves: linf, l2, l1, lp or l0."""
+        """The family an attack names when it says which regions it serves: linf, l2, l1, lp, l0 or patch."""
         return self.name if type(self) is not Lp else "lp"
 
     @property
@@ -89,13 +74,13 @@ class Lp:
         if bool(inside.all()):
             return inside
         # x0 + change is rounded coordinate by coordinate: at most one unit in the last place of the result each
-        rounding = (_largest(x0) + eps) * torch.finfo(x0.dtype).eps
+        rounding = (largest(x0) + eps) * torch.finfo(x0.dtype).eps
         return size <= limit + rounding * x0[0].numel() ** (1 / self.p)
 
     def dual(self, w: Tensor) -> Tensor:
         """Dual norm of a gradient, [B]: the best first-order gain of a change of unit norm."""
         q = self._dual_exponent
-        scale = _largest(w).clamp_min_(torch.finfo(w.dtype).tiny)
+        scale = largest(w).clamp_min_(torch.finfo(w.dtype).tiny)
         return scale * torch.linalg.vector_norm((w / per_row(scale, w)).flatten(1), q, dim=1)
 
     @property
@@ -107,7 +92,7 @@ class Lp:
     def steepest(self, g: Tensor) -> Tensor:
         """The change of unit norm that gains most along ``g``: |g|^(q-1) sign(g) over its norm; zero for zero."""
         q = self._dual_exponent
-        unit = _unit_scale(g)
+        unit = unit_scale(g)
         direction = unit.sign() * _power(unit.abs(), q - 1)
         norm = torch.linalg.vector_norm(direction.flatten(1), self.p, dim=1)
         return direction / per_row(norm.clamp_min_(torch.finfo(g.dtype).tiny), g)
@@ -184,7 +169,7 @@ class L2(Lp):
 
     def steepest(self, g: Tensor) -> Tensor:
         """g over its norm."""
-        unit = _unit_scale(g)
+        unit = unit_scale(g)
         norm = torch.linalg.vector_norm(unit.flatten(1), dim=1).clamp_min_(torch.finfo(g.dtype).tiny)
         return unit.div_(per_row(norm, g))
 
@@ -386,7 +371,7 @@ class L0:
         self._finite(box)
         best = torch.where(g > 0, box[1], box[0]).to(x0.dtype)
         best = torch.where(g == 0, x0, best)
-        gain = self.positions((best - x0) * _unit_scale(g)).sum(1)
+        gain = self.positions((best - x0) * unit_scale(g)).sum(1)
         return self._keep(best, x0, gain, eps)
 
     def move(self, x: Tensor, g: Tensor, size: Tensor, x0: Tensor, box: Box) -> Tensor:
@@ -394,7 +379,7 @@ class L0:
 
         **Source**: F. Croce, M. Hein, "Sparse and imperceivable adversarial attacks", ICCV 2019, section 4 (PGD0).
         """
-        unit = _unit_scale(g)
+        unit = unit_scale(g)
         mean = unit.abs().flatten(1).mean(1)
         mean.masked_fill_(mean == 0, 1.0)  # no gradient, no step
         return x + unit * per_row(size / mean, x)
@@ -422,4 +407,4 @@ class L0:
         return torch.full_like(eps, 0.15 * (box[1] - box[0]))
 
 
-Region = Lp | L0
+Region = Lp | L0 | Patch

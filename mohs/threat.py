@@ -9,7 +9,7 @@ from enum import IntEnum
 from typing import Any
 
 from mohs.errors import ThreatError
-from mohs.regions import L0, L1, L2, Box, Linf, Lp, Region
+from mohs.regions import L0, L1, L2, Box, Linf, Lp, Patch, Region
 
 
 class Access(IntEnum):
@@ -90,9 +90,9 @@ class Threat:
     draws: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.region, Lp | L0):
+        if not isinstance(self.region, Lp | L0 | Patch):
             raise ThreatError(
-                f"A threat needs a region; got {self.region!r}. Allowed: mohs.Linf(eps), L2, L1, Lp(p, eps), L0(k)."
+                f"A threat needs a region; got {self.region!r}. Allowed: mohs.Linf(eps), L2, L1, Lp(p, eps), L0(k), Patch(side)."
             )
         lo, hi = (float(v) for v in self.box)
         if not lo < hi:
@@ -109,7 +109,8 @@ class Threat:
 
     @classmethod
     def parse(cls, text: str | Threat | Region) -> Threat:
-        """Read the short form: ``linf:8/255``, ``l2:0.5``, ``l1:10``, ``l1.5:0.3``, ``l0:20``, ``l0-features:20``, ``l2:inf``.
+        """Read the short form: ``linf:8/255``, ``l2:0.5``, ``l1:10``, ``l1.5:0.3``, ``l0:20``, ``l0-features:20``, ``l2:inf``,
+        ``patch:5`` (a square of 5 x 5 pixels anywhere), ``patch@10,12:5`` (from row 10, column 12 on).
 
         A box other than [0, 1] follows in words: ``linf:8 in [0, 255]``. A Threat passes through; a bare region gets
         the box [0, 1].
@@ -119,7 +120,7 @@ class Threat:
         """
         if isinstance(text, Threat):
             return text
-        if isinstance(text, Lp | L0):
+        if isinstance(text, Lp | L0 | Patch):
             return cls(text)
         match = re.fullmatch(r"\s*(\S+?)\s*:\s*([^\s]+)(?:\s+in\s+\[\s*([^,\s]+)\s*,\s*([^\]\s]+)\s*\])?\s*", str(text))
         try:
@@ -134,7 +135,7 @@ class Threat:
                 raise
             raise ThreatError(
                 f"Cannot read the threat {text!r}. Allowed: linf:8/255, l2:0.5, l1:10, l1.5:0.3, l0:20, l0-features:20, "
-                "an infinite radius (l2:inf) for the smallest change, and a box: 'linf:8 in [0, 255]'."
+                "patch:5, patch@10,12:5, an infinite radius (l2:inf) for the smallest change, and a box: 'linf:8 in [0, 255]'."
             ) from None
 
     def __str__(self) -> str:
@@ -152,11 +153,8 @@ class Threat:
 
     def __le__(self, other: Threat) -> bool:
         """Is every change of this adversary open to the other one? Then a break here is a break there."""
-        mine, theirs = self.region, other.region
-        same_form = type(mine) is type(theirs) and replace(mine, eps=0) == replace(theirs, eps=0)
         return (
-            same_form
-            and mine.eps <= theirs.eps
+            _within(self.region, other.region)
             and other.box[0] <= self.box[0]
             and self.box[1] <= other.box[1]
             and self.access <= other.access
@@ -190,6 +188,13 @@ class Threat:
         )
 
 
+def _within(mine: Region, theirs: Region) -> bool:
+    if isinstance(mine, Patch) and isinstance(theirs, Patch):
+        return mine.within(theirs)
+    same_form = type(mine) is type(theirs) and replace(mine, eps=0) == replace(theirs, eps=0)
+    return same_form and mine.eps <= theirs.eps
+
+
 def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else ("inf" if value > 0 else "-inf")
 
@@ -215,6 +220,10 @@ def _region(name: str, eps: float) -> Region:
         return named[name](eps)
     if name in ("l0", "l0-features"):
         return L0(eps, features=name.endswith("features"))
+    if name == "patch":
+        return Patch(eps)
+    if place := re.fullmatch(r"patch@(\d+),(\d+)", name):
+        return Patch(eps, at=(int(place[1]), int(place[2])))
     if re.fullmatch(r"l\d*\.?\d+(e[+-]?\d+)?", name) and float(name[1:]) > 1:
         return L2(eps) if float(name[1:]) == 2 else Lp(float(name[1:]), eps)
     raise ValueError(name)

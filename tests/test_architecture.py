@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mohs"
 
-NOUNS = {"threat", "regions", "problem", "objectives", "streams", "target", "guide", "_rows", "errors"}
+NOUNS = {
+    "threat", "regions", "problem", "objectives", "streams", "target", "guide", "_rows", "_geometry", "_patch", "errors",
+}  # fmt: skip
 BASE = NOUNS | {"gradients", "models", "data"}
 """What attacks, certificates and defenses stand on."""
 MAY_IMPORT = {
