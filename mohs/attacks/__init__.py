@@ -13,6 +13,7 @@ from mohs.attacks.fab import FAB
 from mohs.attacks.fgsm import FGSM
 from mohs.attacks.fmn import FMN
 from mohs.attacks.jsma import JSMA
+from mohs.attacks.lavan import LaVAN
 from mohs.attacks.lbfgs import LBFGS
 from mohs.attacks.mifgsm import MIFGSM
 from mohs.attacks.nifgsm import NIFGSM
@@ -54,6 +55,7 @@ REGISTRY: dict[str, type] = {
         JSMA,
         SparseFool,
         SPGD,
+        LaVAN,
         Square,
     )
 }

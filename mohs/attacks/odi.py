@@ -12,7 +12,7 @@ from mohs.attacks._settings import check_whole
 from mohs.attacks.pgd import PGD, step_sizes
 from mohs.objectives import Objective, margin
 from mohs.problem import Problem
-from mohs.regions import L0
+from mohs.regions import Lp
 
 DIRECTION = 2  # draw number: 0 and 1 made the random start
 
@@ -44,7 +44,7 @@ class ODI(PGD):
     >>> bool(out.success)
     True
 
-    **Differs from the paper**: any region, where L0 diversifies with steps of its default length; each row has its own
+    **Differs from the paper**: any region, where L0 and patches diversify with steps of their default length; each row has its own
     direction.
     **Source**: Y. Tashiro, Y. Song, S. Ermon, "Diversity can be transferred: output diversification for white- and black-box
     attacks", NeurIPS 2020, section 3.1, equations 2 and 3.
@@ -64,7 +64,7 @@ class ODI(PGD):
         view = problem.linearize(state.x, self.objective)
         if k < first:
             region, box = problem.threat.region, problem.threat.box
-            size = region.default_step(problem.eps, 1, box) if isinstance(region, L0) else problem.eps
+            size = problem.eps if isinstance(region, Lp) else region.default_step(problem.eps, 1, box)
             return State(problem.advance(state.x, view.pull(direction(problem, view.logits)), size))
         size = step_sizes(problem, self.step_size, self.steps - first)
         return State(problem.advance(state.x, view.gradient(), size))

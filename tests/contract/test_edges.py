@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import each_attack, each_case, first_served, make, norms, same, serves, some_threat
+from cases import each_attack, each_case, first_served, make, norms, same, serves, shape, some_threat
 from core_models import Linear, RowByRow, conv_net, inputs, relu_net
 from torch import Tensor, nn
 
@@ -43,15 +43,15 @@ class Poisoned(nn.Module):
         self.net = RowByRow(6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x[:, :1] > 0.5, torch.nan, self.net(x))
+        return torch.where(x.flatten(1)[:, :1] > 0.5, torch.nan, self.net(x))
 
 
 @each_case
 def test_nan_logits_are_no_success_and_harm_no_neighbour(name: str, threat: str) -> None:
     if threat.startswith("l0:"):
         threat = threat.replace("l0:", "l0-features:")
-    x = inputs(10, 6)
-    x[:, 0] = torch.tensor([0.9, 0.01] * 5)
+    x = inputs(10, *shape(threat, 6))
+    x.view(10, 6)[:, 0] = torch.tensor([0.9, 0.01] * 5)
     y = Poisoned().net(x).argmax(1)
     out = mohs.attack(make(name), Poisoned(), x, y, threat, batch=16)
     logits = Poisoned()(out.x)
@@ -75,7 +75,7 @@ class Scaled(nn.Module):
 
 @each_case
 def test_saturated_logits_do_not_hide_the_gradient(name: str, threat: str) -> None:
-    net, x = Linear(8, 2), inputs(32, 8)
+    net, x = Linear(8, 2), inputs(32, *shape(threat, 8))
     y = net(x).argmax(1)
     plain = mohs.attack(make(name, random_start=False), net, x, y, threat)
     assert bool(plain.success.any())
@@ -87,7 +87,7 @@ def test_saturated_logits_do_not_hide_the_gradient(name: str, threat: str) -> No
 
 @each_attack
 def test_logits_far_from_zero_and_masked_classes(name: str) -> None:
-    net, x = Linear(8, 3), inputs(32, 8)
+    net, x = Linear(8, 3), inputs(32, *shape(name, 8))
     y, threat = net(x).argmax(1), norms(name)[0]
     plain = mohs.attack(make(name, steps=40), net, x, y, threat)
     for shift in (-100.0, 100.0):  # one library's objective lost every success to negative logits
@@ -111,7 +111,7 @@ def test_logits_far_from_zero_and_masked_classes(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @each_attack
 def test_logits_of_another_precision(name: str, dtype: torch.dtype) -> None:
-    net, x = Linear(8, 3), inputs(16, 8)
+    net, x = Linear(8, 3), inputs(16, *shape(name, 8))
 
     class Cast(nn.Module):
         def forward(self, z: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def test_logits_of_another_precision(name: str, dtype: torch.dtype) -> None:
 
 @each_attack
 def test_double_precision_inputs(name: str) -> None:
-    net, x = Linear(8, 3, dtype=torch.float64), inputs(16, 8, dtype=torch.float64)
+    net, x = Linear(8, 3, dtype=torch.float64), inputs(16, *shape(name, 8), dtype=torch.float64)
     out = mohs.attack(make(name), net, x, net(x).argmax(1), norms(name)[0])
     assert out.x.dtype == out.size.dtype == torch.float64
     assert bool(out.success.any())
@@ -148,7 +148,7 @@ def test_no_rows_and_one_row(name: str, threat: str, rows: int) -> None:
 @each_case
 def test_one_logit_is_a_pair_of_classes(name: str, threat: str, form: str) -> None:
     single = Linear(8, None)
-    x = inputs(32, 8)
+    x = inputs(32, *shape(threat, 8))
 
     class Column(nn.Module):
         def forward(self, z: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def test_one_logit_is_a_pair_of_classes(name: str, threat: str, form: str) -> No
 @pytest.mark.parametrize("targeted", [False, True], ids=["labels", "targets"])
 @each_attack
 def test_labels_out_of_range_are_named(name: str, targeted: bool) -> None:
-    net, x = relu_net((6,)), inputs(5, 6)
+    net, x = relu_net((6,)), inputs(5, *shape(name, 6))
     y = torch.tensor([0, 1, 7, 2, 9])
     arguments = {"y": torch.zeros(5, dtype=torch.int64), "targets": y + 1} if targeted else {"y": y}
     with pytest.raises(DataError, match=r"4 classes; rows 2 and 4"):
@@ -196,21 +196,22 @@ def test_training_mode_is_refused_and_not_flipped(name: str, layer: nn.Module) -
 
 @each_attack
 def test_inputs_outside_the_box_are_named(name: str) -> None:
-    net, x = relu_net((6,)), inputs(5, 6)
+    net, x = relu_net((6,)), inputs(5, *shape(name, 6))
     y = torch.zeros(5, dtype=torch.int64)
-    x[1, 2], x[4, 0] = 1.5, -0.5
+    flat = x.view(5, 6)
+    flat[1, 2], flat[4, 0] = 1.5, -0.5
     with pytest.raises(DataError, match=r"box \[0, 1\].*rows 1 and 4"):
         mohs.attack(make(name), net, x, y, some_threat(name))
     mohs.attack(make(name), net, x, y, some_threat(name) + " in [-1, 2]")
-    x[3, 3] = math.nan
+    flat[3, 3] = math.nan
     with pytest.raises(DataError, match=r"nan or inf in row 3"):
         mohs.attack(make(name), net, x, y, some_threat(name) + " in [-inf, inf]")
 
 
 @each_attack
 def test_an_infinite_radius_is_for_those_that_can(name: str) -> None:
-    net, x = relu_net((6,)), inputs(2, 6)
-    threat = first_served(name, "l2:inf", "linf:inf", "l1:inf", "l0:inf")
+    net, x = relu_net((6,)), inputs(2, *shape(name, 6))
+    threat = first_served(name, "l2:inf", "linf:inf", "l1:inf", "l0:inf", "patch:inf")
     if REGISTRY[name].finite:
         with pytest.raises(ThreatError, match="finite radius"):
             mohs.attack(make(name), net, x, net(x).argmax(1), threat)
@@ -220,7 +221,7 @@ def test_an_infinite_radius_is_for_those_that_can(name: str) -> None:
 
 @each_attack
 def test_infinite_boxes(name: str) -> None:
-    net, x = Linear(6, 3), inputs(16, 6) * 10 - 5
+    net, x = Linear(6, 3), inputs(16, *shape(name, 6)) * 10 - 5
     for short in ("linf", "l2", "l1", "l3"):
         threat = f"{short}:{20.0 if REGISTRY[name].finite else math.inf} in [-inf, inf]"
         if not serves(name, threat):
@@ -232,9 +233,9 @@ def test_infinite_boxes(name: str) -> None:
 @each_attack
 def test_a_failure_leaves_the_best_point_of_the_region(name: str) -> None:
     # one library answers the clean input where it fails, which trains nobody; another never looks at the last iterate
-    net, x = relu_net((6,)), inputs(16, 6)
+    net, x = relu_net((6,)), inputs(16, *shape(name, 6))
     y = net(x).argmax(1)
-    threat = first_served(name, "linf:0.003", "l2:0.005", "l1:0.01", "l0:1")
+    threat = first_served(name, "linf:0.003", "l2:0.005", "l1:0.01", "l0:1", "patch:1")
     out = mohs.attack(make(name), net, x, y, threat)
     if REGISTRY[name].finite:
         loss, clean = (nn.functional.cross_entropy(net(z), y, reduction="none") for z in (out.x, x))

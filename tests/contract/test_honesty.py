@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import by_gradient, serves
+from cases import by_gradient, serves, shape
 from core_models import inputs, relu_net
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ class Scaled(nn.Module):
         return self.net(x / self.unit)
 
 
-NORMS = ["linf", "l2", "l1", "l3", "l0"]
+NORMS = ["linf", "l2", "l1", "l3", "l0", "patch"]
 SERVED = [(name, norm) for name in REGISTRY for norm in NORMS if serves(name, norm + ":1")]
 
 
@@ -37,16 +37,18 @@ SERVED = [(name, norm) for name in REGISTRY for norm in NORMS if serves(name, no
 def test_units_do_not_matter(name: str, norm: str, unit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # random numbers follow the content of the inputs, which differs; here they follow the row
     monkeypatch.setattr(streams, "content_keys", lambda x: torch.arange(len(x)))
-    net, x = relu_net((12,)), inputs(40, 12)
+    net, x = relu_net((12,)), inputs(40, *shape(norm, 12))
     y = net(x).argmax(1)
-    eps = {"linf": 0.05, "l2": 0.15, "l1": 0.4, "l3": 0.1, "l0": 3}[norm]
-    region = {"linf": mohs.Linf, "l2": mohs.L2, "l1": mohs.L1, "l3": partial(mohs.Lp, 3.0), "l0": mohs.L0}[norm]
-    scale = 1.0 if norm == "l0" else unit
+    eps = {"linf": 0.05, "l2": 0.15, "l1": 0.4, "l3": 0.1, "l0": 3, "patch": 2}[norm]
+    region = {
+        "linf": mohs.Linf, "l2": mohs.L2, "l1": mohs.L1, "l3": partial(mohs.Lp, 3.0), "l0": mohs.L0, "patch": mohs.Patch,
+    }[norm]  # fmt: skip
+    scale = 1.0 if norm in ("l0", "patch") else unit
     attack = REGISTRY[name]() if by_gradient(name) else REGISTRY[name](steps=200)
     one = mohs.attack(attack, net, x, y, Threat(region(eps)))
     other = mohs.attack(attack, Scaled(net, unit), x * unit, y, Threat(region(eps * scale), box=(0, unit)))
     assert int(one.success.sum()) > 0
-    assert int(one.success.sum()) < 40 or norm == "l0"
+    assert int(one.success.sum()) < 40 or norm in ("l0", "patch")
     assert bool((other.size[other.success] <= eps * scale * 1.0001).all())
     assert int((one.success != other.success).sum()) <= 1  # rounding at the boundary
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import each_case, make
+from cases import each_case, make, shape
 from core_models import inputs, relu_net
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ ROWS, BATCH = 13, 4
 
 def job(name: str, threat: str, **settings: Any) -> Job:
     """Two restarts of thirteen rows in batches of four: two waves, holes, padding."""
-    net, x = relu_net((6,)), inputs(ROWS, 6)
+    net, x = relu_net((6,)), inputs(ROWS, *shape(threat, 6))
     usual = {"restarts": 2, "batch": BATCH, "seed": 5}
     return Job(make(name), net, x, net(x).argmax(1), Threat.parse(threat), **usual | settings)
 
