@@ -36,7 +36,7 @@ class Attack(Protocol):
         random: do restarts differ? (Taken for granted where it is not said.)
         uneven: do its rows differ in how many backwards a step takes, or in how many steps they take where the budget is
             spent? Then smaller batches waste less (taken for no).
-        norms: the regions it serves, of "linf", "l2", "l1", "l0" and "lp" (where it is not said: all of them).
+        norms: the regions it serves, of "linf", "l2", "l1", "lp", "l0" and "patch" (where it is not said: all of them).
     """
 
     needs: ClassVar[Access]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs.errors import DataError, ModelError, UsageError, rows_text
+from mohs.regions import Patch
 from mohs.threat import Threat
 
 
@@ -30,6 +31,8 @@ def check_inputs(
             "for a model of lower precision put the cast into the model: changes are measured in the inputs' own precision."
         )
     check_box(x, threat)
+    if isinstance(threat.region, Patch):
+        threat.region.refuse(x)
     check_labels(y, len(x), "labels y")
     if targets is not None:
         check_labels(targets, len(x), "targets")

@@ -16,7 +16,7 @@ from mohs.attacks._inputs import check_inputs, check_mode
 from mohs.errors import DataError, UsageError, rows_text
 from mohs.evaluation._quiet import untouched
 from mohs.problem import Findings, Goal, Problem
-from mohs.regions import L0
+from mohs.regions import Lp
 from mohs.target import Target, classify
 from mohs.threat import Threat
 
@@ -47,7 +47,7 @@ def relative_sizes(
     cost as for ``rho_adv``.
     """
     threat = Threat(Threat.parse(f"{norm}:inf").region, box=(-math.inf, math.inf))
-    if isinstance(threat.region, L0):
+    if not isinstance(threat.region, Lp):
         raise UsageError(f"A relative size needs a norm; got {norm!r}. Allowed: 'l1', 'l2', 'linf' and other p >= 1.")
     check_inputs(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), threat, batch=batch)
     check_mode(model)
@@ -146,7 +146,7 @@ def smallest_radius(
         x: inputs [N, ...], N >= 1, in the box.
         share: of the inputs to break, above 0 and at most 1.
         y: labels [N] to leave; None: the model's own answers.
-        norm: 'linf', 'l2', 'l1', 'l1.5', ...; not l0, whose radius is no continuous number.
+        norm: 'linf', 'l2', 'l1', 'l1.5', ...; not l0 or patch, whose radius is no continuous number.
         box: of valid inputs; ``(-inf, inf)`` for none.
         method: whose objective to climb; None: ``FGSM()``.
         tolerance: relative width at which the bisection ends.
@@ -179,7 +179,7 @@ def smallest_radius(
         if not 0 < value <= 1:
             raise UsageError(f"{name} must be above 0 and at most 1; got {value!r}.")
     threat = Threat(Threat.parse(f"{norm}:inf").region, box=box)
-    if isinstance(threat.region, L0):
+    if not isinstance(threat.region, Lp):
         raise UsageError(
             f"A radius to bisect needs a norm; got {norm!r}. Allowed: 'l1', 'l2', 'linf' and other p >= 1."
         )

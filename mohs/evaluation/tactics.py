@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mohs import defenses, records
-from mohs.attacks import APGD, SPGD, attack
+from mohs.attacks import APGD, SPGD, Attack, LaVAN, attack
 from mohs.errors import MohsError
 from mohs.evaluation import _layers
 from mohs.evaluation.checks._probe import Probe
 from mohs.gradients import BeforeSoftmax, FiniteDifference, Past, Smooth, Straight, Through
-from mohs.regions import L0, L1, Linf
+from mohs.regions import L0, L1, Linf, Patch
 from mohs.threat import Threat
 
 ROWS = 32
@@ -176,7 +176,9 @@ def trial(
     reject: int | None = None,
 ) -> Trial:
     """One short attack with the tactic's gradients on the examples; a tactic that cannot run says why."""
-    one = SPGD(steps=STEPS) if isinstance(threat.region, L0) else APGD(steps=STEPS)
+    one: Attack = APGD(steps=STEPS)
+    if isinstance(threat.region, L0 | Patch):
+        one = SPGD(steps=STEPS) if isinstance(threat.region, L0) else LaVAN(steps=2 * STEPS, windows=5)
     try:
         out = attack(
             one,
@@ -211,7 +213,7 @@ def spread(threat: Threat, x: Tensor) -> float:
     """Standard deviation of a noise that is typical for half the radius, in units of the input."""
     region, count = threat.region, x[0].numel()
     width = min(threat.box[1] - threat.box[0], float(x.max() - x.min()) or 1.0)
-    if isinstance(region, L0):
+    if isinstance(region, L0 | Patch):
         return 0.1 * width
     if isinstance(region, Linf):
         return min(region.eps / 2, 0.1 * width)

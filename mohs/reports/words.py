@@ -13,6 +13,8 @@ REGIONS = {
     "l2": "the Euclidean length of the change is at most the radius",
     "l1": "the absolute changes add up to at most the radius",
     "l0": "at most so many positions may change, all channels of a position together, each to any valid value",
+    "patch": "every pixel inside one square window may change to any valid value; the adversary chooses the window, and the radius "
+    "is its side in pixels",
     "l0-features": "at most so many single values may change, each to any valid value",
 }
 ACCESS = {
@@ -106,13 +108,22 @@ def box_of(header: Header) -> tuple[float, float]:
     return low, high
 
 
+def _region_text(region: str) -> str:
+    if place := re.fullmatch(r"patch@(\d+),(\d+)", region):
+        return (
+            f"every pixel inside one square window may change to any valid value; it begins at row {place[1]}, column {place[2]} "
+            "(counted from 0), and the radius is its side in pixels"
+        )
+    return REGIONS.get(region, f"the {region} size of the change is at most the radius")
+
+
 def threat_rows(header: Header) -> list[tuple[str, str]]:
     """The threat as (what, how), in words; parts not known by name are shown as they are."""
     left = dict(header.threat)
     region, eps, box = left.pop("region", None), left.pop("eps", None), left.pop("box", None)
     rows = [("Short form", header.threat_text)]
     if isinstance(region, str):
-        rows.append(("Allowed change", REGIONS.get(region, f"the {region} size of the change is at most the radius")))
+        rows.append(("Allowed change", _region_text(region)))
     elif region is not None:
         rows.append(("Allowed change", _plain(region)))
     if eps is not None:

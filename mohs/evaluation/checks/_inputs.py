@@ -10,7 +10,7 @@ from mohs import streams
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen, ok
 from mohs.records.stats import clopper_pearson
-from mohs.regions import L0
+from mohs.regions import Lp
 
 _NORMALISED = (
     "If they are normalised, put the normalisation into the model (mohs.models.normalized) and pass raw inputs, so "
@@ -83,8 +83,8 @@ def distinct(probe: Probe) -> Seen:
 def radius(probe: Probe) -> Seen:
     """Does the region leave anything of the input? No pass; looks at the sample."""
     region, (lo, hi) = probe.threat.region, probe.threat.box
-    if probe.threat.minimum or math.isinf(lo) or math.isinf(hi) or isinstance(region, L0):
-        return ok(f"threat {probe.threat}: not applicable to an infinite radius, an infinite box or l0")
+    if probe.threat.minimum or math.isinf(lo) or math.isinf(hi) or not isinstance(region, Lp):
+        return ok(f"threat {probe.threat}: not applicable to an infinite radius, an infinite box, l0 or patches")
     if region.eps == 0:
         return Seen(
             "warn", "eps = 0", "Nothing may change: this measures the clean accuracy.", "Give a radius above 0."

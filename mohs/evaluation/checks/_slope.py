@@ -7,7 +7,7 @@ import torch
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen, ok
 from mohs.problem import Goal
-from mohs.regions import L0, L2, per_row
+from mohs.regions import L0, L2, Patch, per_row
 
 AVERAGE = 20
 """Evaluations of a random model whose gradients and gains are averaged: one of them is noise."""
@@ -61,8 +61,11 @@ def promise_kept(probe: Probe) -> torch.Tensor:
         region, size = L2(1.0), width * max(size, 1.0) ** 0.5
     if size == float("inf"):
         region, size = L2(1.0), 0.01 * float(x.flatten(1).norm(dim=1).median())
-    step = region.steepest(g) * per_row(x.new_full((len(x),), size), x)
-    moved = (x + step).clamp_(*probe.threat.box)
+    if isinstance(region, Patch):  # nor has a patch: a quarter of the way to the best one by the gradient
+        moved = x + (region.extreme(g, x, x.new_full((len(x),), region.eps), probe.threat.box) - x) / 4
+    else:
+        step = region.steepest(g) * per_row(x.new_full((len(x),), size), x)
+        moved = (x + step).clamp_(*probe.threat.box)
     promised = (g * (moved - x)).flatten(1).sum(1)
 
     def mean_margin(points: torch.Tensor) -> torch.Tensor:
