@@ -156,7 +156,8 @@ class Patch:
 
     def contains(self, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
         """[B] bool: is there a window of that side that holds every change?"""
-        return self.measure(x, x0) <= eps
+        size = self.measure(x, x0)
+        return (size <= eps) & size.isfinite()  # before a fixed place no radius allows anything
 
     def steepest(self, g: Tensor) -> Tensor:
         """Patches have no norm: no direction of unit length and no dual."""
@@ -221,9 +222,7 @@ class Patch:
         if self.at is not None:
             place = torch.tensor(self.at, device=x0.device).expand(len(x0), 2)
         else:
-            free = torch.stack(
-                [n - side + 1 for n, side in zip(x0.shape[2:], self.sides(x0, eps), strict=True)], 1
-            )
+            free = torch.stack([n - side + 1 for n, side in zip(x0.shape[2:], self.sides(x0, eps), strict=True)], 1)
             place = (streams.uniform(key, (2,), draw=1, dtype=torch.float64) * free).long()
         return torch.where(self.window(place, x0, eps), values, x0)
 

@@ -19,6 +19,7 @@ from mohs._geometry import Box, largest, per_row, unit_scale
 from mohs._patch import Patch
 from mohs.errors import ThreatError
 
+
 def _power(v: Tensor, exponent: float) -> Tensor:
     """v ** exponent for v >= 0, the same bits wherever in the tensor a number stands.
 

@@ -21,10 +21,12 @@ TRANSFORMS: dict[str, Defense] = {
     "random-resize-pad": defenses.RandomResizePad(0.9),
     "total-variation": defenses.TotalVariation(0.7, rounds=2),
     "non-local-means": defenses.NonLocalMeans(0.05, search=3),
+    "local-gradients-smoothing": defenses.LocalGradientsSmoothing(block=5, overlap=2),
 }
 OTHERS: dict[str, Defense] = {
     "crop-ensemble": defenses.CropEnsemble(3, 0.9),
     "activation-pruning": defenses.ActivationPruning(),
+    "digital-watermarking": defenses.DigitalWatermarking(),
     "defensive-perturbation": defenses.DefensivePerturbation(torch.full((1, 28, 28), 0.05)),
 }
 CONTROLS: dict[str, Defense] = {

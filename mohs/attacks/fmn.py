@@ -13,7 +13,7 @@ from mohs.attacks._settings import check_positive, check_whole
 from mohs.attacks._smallest import cosine, distance, free, nothing_left, reach, unit
 from mohs.attacks._sparse import geometry
 from mohs.problem import Problem
-from mohs.regions import L0, L1, per_row
+from mohs.regions import L0, L1, Lp, per_row
 from mohs.target import View
 from mohs.threat import Access
 
@@ -101,7 +101,7 @@ class FMN:
     def _length(problem: Problem, x: Tensor, size: Tensor) -> Tensor:
         """[B]: Euclidean length of a change that is typical for a ball of this size."""
         region, (low, high) = problem.threat.region, problem.threat.box
-        if isinstance(region, L0):
+        if not isinstance(region, Lp):
             return (high - low) * (10 * size).sqrt()
         even = size * x[0].numel() ** (0.5 - 1 / region.p)
         if not isinstance(region, L1):

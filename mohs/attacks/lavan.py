@@ -113,7 +113,9 @@ class LaVAN:
         size = ((high - low) / 4 if self.step_size is None else self.step_size) * (1 - k / self.steps)
         if problem.warm is not None:
             return replace(state, x=problem.advance(state.x, g, torch.full_like(problem.eps, size)))
-        return self._at(problem, region, replace(state, fill=g.sign().mul_(size).add_(state.x).clamp_(low, high)), state.chosen)
+        return self._at(
+            problem, region, replace(state, fill=g.sign().mul_(size).add_(state.x).clamp_(low, high)), state.chosen
+        )
 
     def _ranked(self, problem: Problem, region: Patch, state: LaVANState, trials: int) -> LaVANState:
         """The windows of this restart, and the first of them."""

@@ -16,6 +16,7 @@ from mohs.defenses.bit_depth import BitDepth
 from mohs.defenses.crop_ensemble import CropEnsemble
 from mohs.defenses.defensive_perturbation import DefensivePerturbation
 from mohs.defenses.detach import Detach
+from mohs.defenses.digital_watermarking import DigitalWatermarking
 from mohs.defenses.double_softmax import DoubleSoftmax
 from mohs.defenses.gaussian_blur import GaussianBlur
 from mohs.defenses.gradient_noise import GradientNoise
@@ -23,6 +24,7 @@ from mohs.defenses.gradient_truncation import GradientTruncation
 from mohs.defenses.jpeg import JPEG
 from mohs.defenses.kwinners import KWinners
 from mohs.defenses.lid import LID
+from mohs.defenses.local_gradients_smoothing import LocalGradientsSmoothing
 from mohs.defenses.logit_rounding import LogitRounding
 from mohs.defenses.logit_scale import LogitScale
 from mohs.defenses.majority_vote import MajorityVote
@@ -53,6 +55,8 @@ REGISTRY: dict[str, type[Defense]] = {
     "thermometer": Thermometer,
     "activation-pruning": ActivationPruning,
     "defensive-perturbation": DefensivePerturbation,
+    "local-gradients-smoothing": LocalGradientsSmoothing,
+    "digital-watermarking": DigitalWatermarking,
     "mean-logits": MeanLogits,
     "mean-probabilities": MeanProbabilities,
     "majority-vote": MajorityVote,
@@ -103,6 +107,7 @@ __all__ = [
     "DefensivePerturbation",
     "Detach",
     "Detector",
+    "DigitalWatermarking",
     "DoubleSoftmax",
     "GaussianBlur",
     "GradientNoise",
@@ -111,6 +116,7 @@ __all__ = [
     "JPEG",
     "KWinners",
     "LID",
+    "LocalGradientsSmoothing",
     "LogitRounding",
     "LogitScale",
     "MajorityVote",

@@ -3,12 +3,15 @@
 from mohs.gradients.bpda import BPDA, Past, Through
 from mohs.gradients.estimated import FiniteDifference, Smooth, reparameterize
 from mohs.gradients.functions import BeforeSoftmax, Straight
+from mohs.gradients.warp import Affine, Flow
 from mohs.guide import Guide
 
 __all__ = [
+    "Affine",
     "BPDA",
     "BeforeSoftmax",
     "FiniteDifference",
+    "Flow",
     "Guide",
     "Past",
     "Smooth",

@@ -232,7 +232,9 @@ def test_limits_are_exact_where_the_way_is_known(name: str) -> None:
     with torch.no_grad():
         model.bias[0] += 50.0
     counting, threat = Counting(model), first_served(name, "l2:inf", "l0:inf")
-    out = mohs.attack(make(name), counting, inputs(5, *shape(name, 6)), torch.zeros(5, dtype=torch.int64), threat, batch=8)
+    out = mohs.attack(
+        make(name), counting, inputs(5, *shape(name, 6)), torch.zeros(5, dtype=torch.int64), threat, batch=8
+    )
     assert out.forwards.tolist() == [EXACT[name][0]] * 5
     assert out.backwards.tolist() == [EXACT[name][1]] * 5
     assert (counting.forwards, counting.backwards) == EXACT[name]

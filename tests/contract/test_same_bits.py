@@ -89,7 +89,9 @@ def test_large_inputs_cut_by_threads_inside_a_row(name: str, threat: str) -> Non
     net, x = Cheap(3 * 75 * 73), inputs(9, 3, 75, 73)
     y = net(x).argmax(1)
     radius = (
-        {"linf": "0.001", "l2": "0.3", "l1": "20", "l3": "0.05", "l0": "50", "patch": "9"}[threat] if REGISTRY[name].finite else "inf"
+        {"linf": "0.001", "l2": "0.3", "l1": "20", "l3": "0.05", "l0": "50", "patch": "9"}[threat]
+        if REGISTRY[name].finite
+        else "inf"
     )
     run = {"batch": 7}
     whole = mohs.attack(make(name, steps=2), net, x, y, f"{threat}:{radius}", **run)
