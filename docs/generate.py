@@ -30,7 +30,7 @@ def pages() -> dict[str, str]:
     named = [getattr(gradients, name) for name in gradients.__all__ if name != "Guide"]
     guides = [c for c in named if inspect.isclass(c)]
     groups = {
-        "attacks": (list(mohs.attacks.REGISTRY.values()), ATTACKS),
+        "attacks": ([*mohs.attacks.REGISTRY.values(), *mohs.attacks.WITH_PARTS.values()], ATTACKS),
         "certificates": (_methods(certificates, "prove"), CERTIFICATES),
         "defenses": ([*defenses.REGISTRY.values(), *defenses.DETECTORS.values()], DEFENSES),
         "gradients": (guides, GRADIENTS),
@@ -72,8 +72,8 @@ ATTACKS = """# Attacks
 
 Each is a frozen dataclass: its fields are its whole configuration, and its repr is what a record keeps. All run through
 one function, `mohs.attack(attack, model, x, y, threat, ...)`, which adds restarts, target classes, aims and their ranking,
-starting points, a confidence to reach, per-example radii and the random streams. `mohs list attacks` prints this list. How
-to add one: [architecture](../architecture.md#adding-an-attack).
+starting points, a confidence to reach, per-example radii and the random streams. `mohs list attacks` prints this list, but for
+`Latent`, which is made with a generator in Python. How to add one: [architecture](../architecture.md#adding-an-attack).
 
 `mohs.minimum_norm` runs several attacks for the smallest change one after the other, each from the best point so far, and
 keeps the best per example. A *fixed* radius is one that bounds the change; *smallest* means that an infinite one may be given.

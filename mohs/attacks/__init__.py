@@ -14,6 +14,7 @@ from mohs.attacks.fgsm import FGSM
 from mohs.attacks.fmn import FMN
 from mohs.attacks.jsma import JSMA
 from mohs.attacks.lavan import LaVAN
+from mohs.attacks.latent import Latent
 from mohs.attacks.lbfgs import LBFGS
 from mohs.attacks.mifgsm import MIFGSM
 from mohs.attacks.nifgsm import NIFGSM
@@ -59,6 +60,11 @@ REGISTRY: dict[str, type] = {
         Square,
     )
 }
-"""Every attack by name."""
+"""Every attack by name that needs no more than settings."""
 
-__all__ = [*REGISTRY, "REGISTRY", "Attack", "Job", "Outcome", "State", "Stop", "attack", "by_distance", "by_logit"]
+WITH_PARTS: dict[str, type] = {"Latent": Latent}
+"""Attacks that are made with a module, which no plan and no command line can name."""
+
+__all__ = [
+    *REGISTRY, *WITH_PARTS, "REGISTRY", "WITH_PARTS", "Attack", "Job", "Outcome", "State", "Stop", "attack", "by_distance", "by_logit",
+]  # fmt: skip

@@ -14,6 +14,7 @@ from mohs.defenses._parse import parse_with
 from mohs.defenses.activation_pruning import ActivationPruning
 from mohs.defenses.bit_depth import BitDepth
 from mohs.defenses.crop_ensemble import CropEnsemble
+from mohs.defenses.defense_gan import DefenseGAN
 from mohs.defenses.defensive_perturbation import DefensivePerturbation
 from mohs.defenses.detach import Detach
 from mohs.defenses.digital_watermarking import DigitalWatermarking
@@ -34,6 +35,7 @@ from mohs.defenses.mean_probabilities import MeanProbabilities
 from mohs.defenses.median_blur import MedianBlur
 from mohs.defenses.noise_input import NoiseInput
 from mohs.defenses.non_local_means import NonLocalMeans
+from mohs.defenses.pixel_defend import PixelDefend
 from mohs.defenses.quilting import Quilting
 from mohs.defenses.random_resize_pad import RandomResizePad
 from mohs.defenses.reject_disagreement import RejectDisagreement
@@ -52,6 +54,8 @@ REGISTRY: dict[str, type[Defense]] = {
     "total-variation": TotalVariation,
     "non-local-means": NonLocalMeans,
     "quilting": Quilting,
+    "pixel-defend": PixelDefend,
+    "defense-gan": DefenseGAN,
     "thermometer": Thermometer,
     "activation-pruning": ActivationPruning,
     "defensive-perturbation": DefensivePerturbation,
@@ -104,6 +108,7 @@ __all__ = [
     "Declaration",
     "Defended",
     "Defense",
+    "DefenseGAN",
     "DefensivePerturbation",
     "Detach",
     "Detector",
@@ -126,6 +131,7 @@ __all__ = [
     "MedianBlur",
     "NoiseInput",
     "NonLocalMeans",
+    "PixelDefend",
     "Quilting",
     "RandomResizePad",
     "RejectDisagreement",

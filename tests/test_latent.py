@@ -1,0 +1,124 @@
+"""The attack in the latent against generators and nets whose nearest boundary is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mohs
+from mohs.attacks import Latent
+from mohs.errors import ModelError, ThreatError, UsageError
+
+SIZE, LATENT, ROWS = 12, 3, 6
+
+
+class Plane(nn.Module):
+    """x = A z + b with orthonormal columns."""
+
+    latent = LATENT
+
+    def __init__(self) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(0)
+        self.columns = nn.Parameter(torch.linalg.qr(torch.randn(SIZE, LATENT, generator=draws))[0])
+        self.middle = nn.Parameter(torch.randn(SIZE, generator=draws))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z @ self.columns.t() + self.middle
+
+
+def problem() -> tuple[Plane, nn.Linear, Tensor, Tensor, Tensor]:
+    """Generator, net, inputs it can make, their classes, and how far the boundary is within what it can make."""
+    plane, draws = Plane(), torch.Generator().manual_seed(3)
+    net = nn.Linear(SIZE, 2)
+    with torch.no_grad():
+        net.weight.copy_(torch.randn(2, SIZE, generator=draws))
+        net.bias.copy_(-net.weight @ plane.middle)
+        x = plane(torch.randn(ROWS, LATENT, generator=draws))
+        y = net(x).argmax(1)
+        lead = (net(x)[:, 0] - net(x)[:, 1]).abs()
+        distance = lead / ((net.weight[0] - net.weight[1]) @ plane.columns).norm()
+    return plane, net.eval(), x, y, distance
+
+
+OPEN = (-math.inf, math.inf)
+
+
+def test_the_smallest_change_that_the_generator_can_make() -> None:
+    plane, net, x, y, distance = problem()
+    out = mohs.attack(Latent(plane), net, x, y, mohs.Threat(mohs.L2(math.inf), box=OPEN))
+    assert bool(out.success.all())
+    ratio = out.size / distance
+    assert bool((ratio > 0.999).all())  # none is smaller: it is on the plane
+    assert bool((ratio < 1.03).all())
+    moved = (out.x - plane.middle) @ plane.columns
+    assert torch.allclose(plane(moved), out.x, atol=1e-4)
+
+
+def test_a_boundary_off_the_plane_is_nearer() -> None:
+    _, net, x, y, distance = problem()
+    free = mohs.attack(mohs.attacks.DeepFool(), net, x, y, mohs.Threat(mohs.L2(math.inf), box=OPEN))
+    assert bool((free.size < 0.9 * distance).all())
+
+
+@pytest.mark.parametrize(("share", "broken"), [(0.95, 0), (1.1, ROWS)])
+def test_a_fixed_radius_suffices_just_above_the_distance(share: float, broken: int) -> None:
+    plane, net, x, y, distance = problem()
+    out = mohs.attack(
+        Latent(plane, steps=100), net, x, y, mohs.Threat(mohs.L2(1.0), box=OPEN), eps=share * distance, restarts=2
+    )
+    # pulling back towards the clean input stays on the plane, as that lies on it
+    assert int(out.success.sum()) == broken
+    assert bool((out.size[out.success] <= share * distance[out.success] * 1.001).all())
+
+
+def test_inputs_the_generator_cannot_make_are_brought_near() -> None:
+    plane, net, x, y, _ = problem()
+    away = x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    out = mohs.attack(Latent(plane, steps=60), net, away, y, mohs.Threat(mohs.Linf(5.0), box=OPEN))
+    assert bool(out.success.all())
+    assert bool((out.size <= 5.0 * (1 + 1e-5)).all())
+
+
+def test_boxes_hold_and_restarts_differ() -> None:
+    plane, net, x, y, _ = problem()
+    box = (float(x.min()), float(x.max()))
+    threat = mohs.Threat(mohs.L2(math.inf), box=box)
+    one = mohs.attack(Latent(plane, steps=40, begin=0), net, x, y, threat)
+    three = mohs.attack(Latent(plane, steps=40, begin=0), net, x, y, threat, restarts=3)
+    assert bool((one.x >= box[0]).all() and (one.x <= box[1]).all())
+    assert bool((three.size <= one.size).all())
+    assert bool((three.restart > 0).any())
+
+
+def test_same_bits_whatever_the_order() -> None:
+    plane, net, x, y, _ = problem()
+    threat = mohs.Threat(mohs.L2(math.inf), box=OPEN)
+    there = mohs.attack(Latent(plane, steps=30), net, x, y, threat, batch=4)
+    back = mohs.attack(Latent(plane, steps=30), net, x.flip(0), y.flip(0), threat, batch=4)
+    assert torch.equal(there.x, back.x.flip(0))
+    assert int(there.forwards.max()) <= 31
+
+
+def test_what_names_it_is_short_and_knows_the_weights() -> None:
+    one, same, other = Latent(Plane()), Latent(Plane()), Latent(nn.Linear(LATENT, SIZE), size=LATENT)
+    assert one == same
+    assert repr(one) == repr(same) != repr(other)
+    assert len(repr(one)) < 200
+
+
+def test_refusals() -> None:
+    _, net, x, y, _ = problem()
+    with pytest.raises(UsageError, match="no attribute latent; give size"):
+        Latent(nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="generator must be a torch module; got function"):
+        Latent(lambda z: z)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="Latent's rate must be a finite number above 0"):
+        Latent(Plane(), rate=0.0)
+    with pytest.raises(ModelError, match=r"makes \(\d+, 5\) where inputs are \(\d+, 12\)"):
+        mohs.attack(Latent(nn.Linear(2, 5), size=2), net, x, y, mohs.Threat(mohs.L2(1.0), box=OPEN))
+    with pytest.raises(ThreatError, match="Latent does not serve l0"):
+        mohs.attack(Latent(Plane()), net, x, y, mohs.Threat(mohs.L0(2), box=OPEN))
