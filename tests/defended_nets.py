@@ -27,6 +27,8 @@ OTHERS: dict[str, Defense] = {
     "crop-ensemble": defenses.CropEnsemble(3, 0.9),
     "activation-pruning": defenses.ActivationPruning(),
     "digital-watermarking": defenses.DigitalWatermarking(),
+    "pixel-defend": defenses.PixelDefend(),
+    "defense-gan": defenses.DefenseGAN(steps=5, starts=2),
     "defensive-perturbation": defenses.DefensivePerturbation(torch.full((1, 28, 28), 0.05)),
 }
 CONTROLS: dict[str, Defense] = {

@@ -19,6 +19,8 @@ READ = {
     "total-variation:rounds=2:keep=0.7": defenses.TotalVariation(0.7, rounds=2),
     "logit-rounding:-1": defenses.LogitRounding(-1),
     "majority-vote": defenses.MajorityVote(),
+    "pixel-defend:8/255": defenses.PixelDefend(8 / 255),
+    "defense-gan:200:10:seed=1": defenses.DefenseGAN(200, 10, seed=1),
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import mohs
 from mohs.attacks import Latent
+from mohs.defenses import DefenseGAN
 from mohs.errors import ModelError, ThreatError, UsageError
 
 SIZE, LATENT, ROWS = 12, 3, 6
@@ -122,3 +123,41 @@ def test_refusals() -> None:
         mohs.attack(Latent(nn.Linear(2, 5), size=2), net, x, y, mohs.Threat(mohs.L2(1.0), box=OPEN))
     with pytest.raises(ThreatError, match="Latent does not serve l0"):
         mohs.attack(Latent(Plane()), net, x, y, mohs.Threat(mohs.L0(2), box=OPEN))
+
+
+def test_what_it_finds_a_projection_leaves_as_it_is() -> None:
+    class Small(nn.Module):
+        latent = LATENT
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.plane = Plane()
+
+        def forward(self, z: Tensor) -> Tensor:
+            return 0.5 + 0.1 * (self.plane(z) - self.plane.middle)
+
+    draws, small = torch.Generator().manual_seed(5), Small()
+    net = nn.Linear(SIZE, 2)
+    with torch.no_grad():
+        net.weight.copy_(torch.randn(2, SIZE, generator=draws))
+        net.bias.copy_(-0.5 * net.weight.sum(1))
+        x = small(torch.randn(ROWS, LATENT, generator=draws))
+        y = net(x).argmax(1)
+    defended = DefenseGAN(steps=100, starts=1, rate=200.0, seed=0, generator=small)(net.eval())
+    with torch.no_grad():
+        assert torch.equal(defended(x).argmax(1), y)
+        away = x + 0.5 * torch.nn.functional.normalize(
+            torch.randn(x.shape, generator=draws) @ normal(small.plane), dim=1
+        )
+        assert torch.allclose(defended(away.clamp(0, 1)), defended(x), atol=0.3)  # off the plane nothing is gained
+    out = mohs.attack(Latent(small, steps=150), defended, x, y, "l2:inf", guide=net)
+    lead = (net(x)[:, 0] - net(x)[:, 1]).abs()
+    distance = lead / ((net.weight[0] - net.weight[1]) @ small.plane.columns).norm()
+    assert bool(out.success.all())
+    assert bool((out.size / distance < 1.1).all())
+    assert bool((defended(out.x).argmax(1) != y).all())
+
+
+def normal(plane: Plane) -> Tensor:
+    """The projection onto what is orthogonal to the plane."""
+    return torch.eye(SIZE) - plane.columns @ plane.columns.t()

@@ -29,6 +29,9 @@ FADE = 0.05
 FINER = 0.6
 """How much shorter the first step of a round is than that of the one before, once a success is known."""
 
+TRIAL = 0.01
+"""How far, per number of the latent, a first step is tried that finds out how far the input moves with it."""
+
 
 @dataclass(kw_only=True)
 class LatentState(State):
@@ -48,10 +51,10 @@ class Latent:
         fixed radius:     -J(x) + keep * |g(z) - x|^2,       x = project(g(z)) into region and box
         smallest change:  |g(z) - x0|^2 + c * f(x),          x = g(z) inside the box, c bisected in rounds
 
-    with J the objective and f(x) = max(0, logits that the goal is missed by); gradients at x go back through g. For defenses that
-    put an input back into the range of a generator (``mohs.defenses.DefenseGAN``): what lies there already, they leave as it
-    is. It cannot find what the generator cannot make: at a fixed radius, give it one in which the generator can reach the clean
-    inputs, or take the smallest change.
+    with J the objective and f(x) the logits that the goal is missed by, 0 where it is met; gradients at x go back through g.
+    For defenses that put an input back into the range of a generator (``mohs.defenses.DefenseGAN``): what lies there already,
+    they leave as it is. It cannot find what the generator cannot make: at a fixed radius, give it one in which the generator
+    can reach the clean inputs, or take the smallest change.
 
     Args:
         generator: module of latents [B, d] to inputs; d is its attribute ``latent`` unless ``size`` says it.
@@ -146,15 +149,12 @@ class Latent:
         made, back = self._decode(z, problem.x0)
         view = problem.linearize(state.x, margin)
         g = view.gradient()
-        f = shortfall(problem, view)
         if search is None:
-            # as Weight.first, but the way to the linearised boundary, and so the step, is one in the latent
-            norm, slope = g.flatten(1).norm(dim=1), back(g).norm(dim=1)
-            far = known(f / slope) / math.sqrt(state.z.shape[1])
-            search = Weight.at(known(2 * f / norm.square()), torch.where(far > 0, far, self.rate).clamp_max(self.rate))
+            search = self._first(z, made, back(g), shortfall(problem, view))
         search = search.saw(problem, view, g, z, state.x)
         r = made - problem.x0
-        gradient = back(2 * r - g * per_row(search.c * (f > 0), g))
+        # not f > 0: where the gradients come from a stand-in, it may take its goal for met before the deployed model does
+        gradient = back(2 * r - g * per_row(search.c * ~view.met, g))
         part = (1 + torch.cos(math.pi * adam.age / self.inner)) / 2
         change, adam = adam.move(gradient, search.rate * (FADE + (1 - FADE) * part))
         z = z + change
@@ -166,6 +166,19 @@ class Latent:
             adam = adam.restart(ended)
         x = problem.project(self._decode(z, problem.x0)[0])
         return LatentState(x, z=z, adam=adam, search=search)
+
+    def _first(self, z: Tensor, made: Tensor, slope: Tensor, f: Tensor) -> Weight:
+        """The weight at which, were all linear, descent along the latent's gradient would just reach the boundary.
+
+        A way t along the slope s gains t |s|^2 logits and moves the input by t |J s|; f logits are missed.
+        """
+        steep = slope.norm(dim=1)
+        unit = slope / per_row(steep.clamp_min(torch.finfo(z.dtype).tiny), z)
+        short = TRIAL * math.sqrt(z.shape[1])
+        moved = (self._decode(z + short * unit, made)[0] - made).flatten(1).norm(dim=1) / short
+        far = known(f / steep)
+        rate = torch.where(far > 0, far / math.sqrt(z.shape[1]), self.rate).clamp_max(self.rate)
+        return Weight.at(known(2 * f * (moved / steep).square()), rate)
 
     def _decode(self, z: Tensor, like: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """What the latents make, and the way back: cotangents of it to gradients of the latents."""
