@@ -3,7 +3,14 @@
     python recipes/wgan_gp_fashion.py            # trains, measures, prints the figures
     python recipes/wgan_gp_fashion.py --bundle   # and puts weights and figures into the package
 
-STEPS_TEXT
+4,000 steps of the generator, five of the critic each, of 64 of the 59,500 first training images; both are Adam's, with rates that
+fall along a cosine. The other 500 images were watched and not trained on. Critic and generator are small and have no
+convolutions, because Defense-GAN runs the generator hundreds of times per image.
+
+Measured on test images: the critic's estimate of the Wasserstein distance 1.94 (first 1,000); mean squared error of the pixels
+after Defense-GAN's projection, first 200: 0.0162 with 100 steps from 4 starts, 0.0151 with 200 from 10.
+
+Training took 218 s of one core (17 minutes of the clock, on a server that was busy with other work).
 
 Data: Fashion-MNIST, copyright (c) 2017 Zalando SE, MIT licence; Debian's package dataset-fashion-mnist puts the four idx
 files under /usr/share/datasets/fashion-mnist.

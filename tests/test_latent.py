@@ -50,7 +50,7 @@ OPEN = (-math.inf, math.inf)
 
 def test_the_smallest_change_that_the_generator_can_make() -> None:
     plane, net, x, y, distance = problem()
-    out = mohs.attack(Latent(plane), net, x, y, mohs.Threat(mohs.L2(math.inf), box=OPEN))
+    out = mohs.attack(Latent(plane, begin=60), net, x, y, mohs.Threat(mohs.L2(math.inf), box=OPEN))
     assert bool(out.success.all())
     ratio = out.size / distance
     assert bool((ratio > 0.999).all())  # none is smaller: it is on the plane
@@ -63,6 +63,21 @@ def test_a_boundary_off_the_plane_is_nearer() -> None:
     _, net, x, y, distance = problem()
     free = mohs.attack(mohs.attacks.DeepFool(), net, x, y, mohs.Threat(mohs.L2(math.inf), box=OPEN))
     assert bool((free.size < 0.9 * distance).all())
+
+
+def test_a_stand_in_that_takes_its_goal_for_met_too_early() -> None:
+    plane, net, x, y, distance = problem()
+    early = nn.Linear(SIZE, 2).eval()
+    early.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        early.bias[0] += 1.0  # inputs of class 1 look broken a logit before they are
+    rows = y == 1
+    out = mohs.attack(
+        Latent(plane, begin=60), net, x[rows], y[rows], mohs.Threat(mohs.L2(math.inf), box=OPEN), guide=early
+    )
+    assert len(out.success) == 3
+    assert bool(out.success.all())
+    assert bool((out.size / distance[rows] < 1.5).all())
 
 
 @pytest.mark.parametrize(("share", "broken"), [(0.95, 0), (1.1, ROWS)])
