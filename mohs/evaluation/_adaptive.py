@@ -10,6 +10,7 @@ from torch import nn
 from mohs import defenses, records
 from mohs.errors import ThreatError, UsageError
 from mohs.evaluation import tactics
+from mohs.evaluation._afterwards import of_curve
 from mohs.evaluation._quiet import untouched
 from mohs.evaluation.checks import Probe, examine, usable
 from mohs.evaluation.exam import exam
@@ -81,9 +82,10 @@ def findings(run: Evaluation) -> list[records.Finding]:
 
 
 def exam_of_plan(run: Evaluation) -> list[records.Finding]:
-    """Would this plan find what is there, with the gradients it had?"""
+    """Is the curve of accuracy sound, and would this plan find what is there, with the gradients it had?"""
+    drawn = [of_curve(run.run.header.curve)]
     if not run.settings.exam or not run.steps:
-        return []
+        return drawn
     tactic = run.choice.tactic
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -93,4 +95,4 @@ def exam_of_plan(run: Evaluation) -> list[records.Finding]:
         run.model, (run.x, run.y), run.threat, run.plan, run.settings.exam, run.seed, guide=tactic.make,
         average=tactic.average, batch=run.batch, progress=tell,
     )  # fmt: skip
-    return [result.finding]
+    return [*drawn, result.finding]

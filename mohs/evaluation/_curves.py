@@ -66,12 +66,15 @@ def radius_curve(evaluation: Evaluation) -> list[records.CurvePoint]:
     job, rows = evaluation.bookmark.begin("radii", rows, lambda rows: evaluation.job(attack, rows, eps=eps))
     for _ in evaluation.bookmark.through(job, "radii", rows):
         pass
-    broken = job.success.view(len(radii), -1).cummax(0).values
+    found = job.success.view(len(radii), -1)
+    broken = found.cummax(0).values
     known = torch.from_numpy(record.breaker[right] >= 0)
-    for radius, row in zip(radii, broken.cpu()):
+    for radius, row, again in zip(radii, broken.cpu(), found.cpu(), strict=True):
         gone = (row | known) if radius >= evaluation.threat.region.eps else row
         points.append(
-            records.CurvePoint(eps=radius, survived=int((~gone).sum()), n=len(control), source="control subset")
-        )
+            records.CurvePoint(
+                eps=radius, survived=int((~gone).sum()), n=len(control), source="control subset", lost=int((row & ~again).sum())
+            )
+        )  # fmt: skip
     evaluation.notify("radii", len(todo), len(todo), 0)
     return points

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mohs.errors import ModelError
 from mohs.evaluation.checks._probe import frozen
 from mohs.gradients import Through
-from mohs.gradients.bpda import identity
+from mohs.gradients.bpda import StandIn, identity
 from mohs.objectives import margin
 from mohs.problem import Goal
 from mohs.target import classify
@@ -88,13 +88,14 @@ def _pull(logits: Tensor, cotangent: Tensor, calls: list[Call]) -> None:
         call.slopes = came, went
 
 
-def losing(model: nn.Module, x: Tensor) -> list[str]:
+def losing(model: nn.Module, x: Tensor, any_shape: bool = False) -> list[str]:
     """The layers that lose the gradient, the last first: each is passed over and the next one looked for, until a gradient
-    arrives at the input or no layer can be named."""
+    arrives at the input or no layer can be named. ``any_shape``: also such as the identity has no shape for."""
     lost: list[str] = []
+    shapes: dict[str, StandIn | None] = {}
     for _ in range(MOST):
-        guide = Through(model, dict.fromkeys(lost)) if lost else model
-        calls = [c for c in trace(guide, x[:ROWS]) if c.fits and c.module is not model]
+        guide = Through(model, shapes) if lost else model
+        calls = [c for c in trace(guide, x[:ROWS]) if (c.fits or any_shape) and c.module is not model]
         found = [c for c in calls if _alive(c.slopes[1]) and not _alive(c.slopes[0]) and _name(c, lost) not in lost]
         if not found:
             # cut off: what comes out is needed, and cannot be differentiated at all
@@ -105,7 +106,14 @@ def losing(model: nn.Module, x: Tensor) -> list[str]:
             return lost
         inner = min(found, key=lambda c: sum(1 for _ in c.module.modules()))
         lost.append(_name(inner, lost))
+        shapes[lost[-1]] = None if inner.fits else _spread(inner.went)
     return lost
+
+
+def _spread(like: Tensor) -> StandIn:
+    """The mean of each row's inputs, in the shape of ``like``: some gradient, whatever its direction."""
+    shape = like.shape[1:]
+    return lambda x: x.flatten(1).mean(1).view(-1, *[1] * len(shape)).expand(-1, *shape)
 
 
 def _name(call: Call, lost: list[str]) -> str:
@@ -116,13 +124,13 @@ def _alive(slope: Tensor | None) -> bool:
     return slope is not None and bool((slope != 0).any())
 
 
-def bare(model: nn.Module, x: Tensor) -> list[str]:
+def bare(model: nn.Module, x: Tensor, any_shape: bool = False) -> list[str]:
     """Layers of the model's own kinds that have no weights and keep their input's shape."""
-    seen = trace(model, x[:ROWS], back=False)
-    return list(dict.fromkeys(c.name for c in seen if c.bare and c.fits and not list(c.module.children())))
+    seen = [c for c in trace(model, x[:ROWS], back=False) if c.bare and (c.fits or any_shape)]
+    return list(dict.fromkeys(c.name for c in seen if not list(c.module.children())))
 
 
-def entrances(model: nn.Module, x: Tensor) -> list[str]:
+def entrances(model: nn.Module, x: Tensor, any_shape: bool = False) -> list[str]:
     """Layers that get something of the shape of an input that is not the input itself, before any weight was used."""
     found: list[str] = []
     handed: list[Tensor] = []
@@ -135,7 +143,8 @@ def entrances(model: nn.Module, x: Tensor) -> list[str]:
         if any(came is other for other in handed):
             continue  # a container hands its input on to its first layer
         itself = came.shape == x[:ROWS].shape and torch.equal(came.detach(), x[:ROWS])
-        if not itself and came.dim() == x.dim() and len(came) % ROWS == 0 and compatible(x[:ROWS], came):
+        alike = came.dim() == x.dim() and len(came) % ROWS == 0 and compatible(x[:ROWS], came)
+        if not itself and (alike or (any_shape and len(came) == len(x[:ROWS]))):
             found.append(call.name)
         handed.append(came)
     return found

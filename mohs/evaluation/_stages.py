@@ -18,7 +18,7 @@ from mohs.attacks import Job, Outcome, by_distance, by_logit
 from mohs.attacks._batches import fitting_batch
 from mohs.data import Dataset
 from mohs.errors import ModelError, rows_text
-from mohs.evaluation import _adaptive, _header, claims, tactics
+from mohs.evaluation import _adaptive, _afterwards, _header, claims, tactics
 from mohs.evaluation._bookmark import Bookmark
 from mohs.evaluation._curves import loss_curves, radius_curve
 from mohs.evaluation._order import WORTH, portions, survivors
@@ -77,6 +77,8 @@ class Evaluation:
         self.choice = tactics.Choice(tactics.PLAIN)
         self.guide: nn.Module | None = None
         self.probe: Probe
+        self.seen = range(0)
+        """The examples that have been through the plan."""
         self.steps = [(step, attack) for step in plan.steps if (attack := step.build_for(threat)) is not None]
 
     # ---- what is about to run ---------------------------------------------------------------------------
@@ -121,14 +123,16 @@ class Evaluation:
         blocked = any(f.severity == "block" for f in findings)
         for block in self._blocks():
             self._clean(block)
+            self.seen = range(block.stop)
             if not blocked:
                 for index, (step, attack) in enumerate(self.steps):
-                    self._attack(index, step, attack, block)
+                    self.attack(index, step, attack, block)
                 for certificate in self.certificates:
                     self._certify(certificate, block)
             if blocked or self._decided(block):
                 break
         if not blocked:
+            findings = findings + _afterwards.review(self)
             loss_curves(self)
             if not run.header.curve:
                 run.update(curve=radius_curve(self))
@@ -207,7 +211,7 @@ class Evaluation:
             )
         )  # fmt: skip
 
-    def _attack(self, index: int, step: PlanStep, attack: Any, block: range) -> None:
+    def attack(self, index: int, step: PlanStep, attack: Any, block: range) -> None:
         """One attack on whoever of a block is still right, and on the control subset."""
         record = self.run.record()
         alive, answered = survivors(record, index), set(self.run.ledger.answered(index).tolist())

@@ -19,6 +19,7 @@ from mohs import defenses, records
 from mohs.attacks import APGD, SPGD, Attack, LaVAN, attack
 from mohs.errors import MohsError
 from mohs.evaluation import _layers
+from mohs.evaluation._fits import fitted
 from mohs.evaluation.checks._probe import Probe
 from mohs.gradients import BeforeSoftmax, FiniteDifference, Past, Smooth, Straight, Through
 from mohs.regions import L0, L1, Linf, Patch
@@ -83,8 +84,9 @@ class Choice:
 
 
 def choose(
-    probe: Probe, findings: Sequence[records.Finding], threat: Threat, seed: int, batch: int, *, believe: bool = True
-) -> Choice:
+    probe: Probe, findings: Sequence[records.Finding], threat: Threat, seed: int, batch: int, *, believe: bool = True,
+    suspicious: bool = False,
+) -> Choice:  # fmt: skip
     """Try what may give better gradients, if anything is suspect, and take the best.
 
     Args:
@@ -93,6 +95,7 @@ def choose(
         threat: with a finite radius.
         seed, batch: of the trials.
         believe: use what defenses declare; False: find out.
+        suspicious: something else makes the model suspect, so that its gradients are not to be trusted whatever they promise.
 
     Cost: nothing where nothing is suspect; else about 30 passes for each of 32 examples and each tactic, of which there are
     two to eight, and some hundred passes of finite differences where nothing else helps.
@@ -101,6 +104,7 @@ def choose(
     suspect = {f.id for f in findings if f.severity in ("warn", "block")} & {
         "no-gradient", "zero-gradient", "gradient-promise", "output-type"
     }  # fmt: skip
+    suspect |= {"gradient-promise"} if suspicious else set()
     if not suspect and not probe.random and (said is None or not said.defenses):
         return Choice(PLAIN)
     right = (probe.logits.argmax(1) == probe.y).nonzero().squeeze(1)[:ROWS]
@@ -114,14 +118,12 @@ def choose(
 
     trials = [tried(PLAIN if average is None else Tactic("gradients as they are", None, 1))]
     try:
-        candidates = list(_candidates(probe, suspect, said, average))
+        for tactic in _candidates(probe, suspect, said, average):  # one by one: what is not needed is not made
+            trials.append(tried(tactic))
+            if trials[-1].broken >= ENOUGH * len(x):
+                break
     except FAILURES as error:
         trials.append(Trial(Tactic("layer by layer"), 0, len(x), -math.inf, 0, str(error).split(". ")[0]))
-        candidates = []
-    for tactic in candidates:
-        trials.append(tried(tactic))
-        if trials[-1].broken >= ENOUGH * len(x):
-            break
     best = _best(trials)
     if suspect and best.broken < ENOUGH * len(x):
         sigma = spread(threat, x)
@@ -160,6 +162,8 @@ def _candidates(
         yield Tactic("straight through all that is cut off", partial(Straight, attach=True), average, "shattered")
     for name in _layers.entrances(model, x)[:4]:
         yield Tactic(f"past what comes before {name}", partial(Past, layer=name), average, "shattered")
+    for name, make in fitted(model, probe.many_x, threat=probe.threat):
+        yield Tactic(name, make, average, "shattered")
     single = all(p.dtype != torch.float64 for p in model.parameters())
     if single and suspect & {"gradient-promise", "zero-gradient"}:
         yield Tactic("in double precision", _Double, average, "vanishing")

@@ -2,6 +2,7 @@
 
 from mohs.gradients.bpda import BPDA, Past, Through
 from mohs.gradients.estimated import FiniteDifference, Smooth, reparameterize
+from mohs.gradients.fitted import Fitted, fit
 from mohs.gradients.functions import BeforeSoftmax, Straight
 from mohs.gradients.warp import Affine, Flow
 from mohs.guide import Guide
@@ -12,10 +13,12 @@ __all__ = [
     "BeforeSoftmax",
     "FiniteDifference",
     "Flow",
+    "Fitted",
     "Guide",
     "Past",
     "Smooth",
     "Straight",
     "Through",
+    "fit",
     "reparameterize",
 ]

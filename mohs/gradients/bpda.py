@@ -164,6 +164,7 @@ class Past(Guide):
     Args:
         model: the classifier.
         layer: name of the layer before which everything is passed over, as in ``model.named_modules()``.
+        backward: a differentiable function from the model's inputs to that layer's, such as ``fit`` makes; None: the identity.
 
     Raises:
         UsageError: no such layer.
@@ -174,9 +175,10 @@ class Past(Guide):
     section 4.1.
     """
 
-    def __init__(self, model: nn.Module, layer: str) -> None:
+    def __init__(self, model: nn.Module, layer: str, backward: StandIn | None = None) -> None:
         super().__init__(model)
         self.layer = layer
+        self.stand_in = [backward]  # in a list, so that it is no part of the model
         (self.found,) = _named(model, [layer]).values()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,7 +187,7 @@ class Past(Guide):
         def replace(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
             if not inputs or not isinstance(inputs[0], Tensor) or len(inputs[0]) != len(x):
                 return None
-            return (instead_of(x, inputs[0], None), *inputs[1:])
+            return (instead_of(x, inputs[0], self.stand_in[0]), *inputs[1:])
 
         handle = self.found.register_forward_pre_hook(replace)
         try:
@@ -195,7 +197,8 @@ class Past(Guide):
 
     def extra_repr(self) -> str:
         """What a record names."""
-        return f"layer={self.layer!r}"
+        (backward,) = self.stand_in
+        return f"layer={self.layer!r}" + ("" if backward is None else f", backward={backward}")
 
 
 def _named(model: nn.Module, names: Any) -> dict[str, nn.Module]:

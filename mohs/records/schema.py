@@ -168,6 +168,7 @@ class CurvePoint(_Part):
     survived: int = Field(ge=0)
     n: int = Field(ge=0)
     source: str = Field(default="", description="which attack or method; points of one source form one line")
+    lost: int = Field(default=0, ge=0, description="broken at a smaller radius and not found again at this one")
 
 
 class CertificateSummary(_Part):

@@ -81,8 +81,8 @@ def relay_plan() -> Plan:
 
 
 def evaluate(data: Dataset | None = None, model: nn.Module | None = None, **settings: Any) -> records.Record:
-    """An evaluation of the small problem; whatever is not said is usual."""
-    usual: dict[str, Any] = {"plan": short_plan(), "batch": BATCH}
+    """An evaluation of the small problem with the attacks of its plan and no others; whatever is not said is usual."""
+    usual: dict[str, Any] = {"plan": short_plan(), "batch": BATCH, "adaptive": "off"}
     threat = settings.pop("threat", THREAT)
     return mohs.evaluate(model or conv(), data or images().take(N), threat, **usual | settings)
 

@@ -37,7 +37,7 @@ def test_bookmarks_are_taken_up(filmed: tuple[Path, list[Path]], tmp_path: Path)
             assert_same(out, reference)
     with_mark = [made[i, True] for i, kept in made if kept]
     without = [made[i, False] for i, kept in made if kept]
-    assert sum(with_mark) < 0.9 * sum(without)
+    assert sum(with_mark) < 0.95 * sum(without)  # the checks after the plan are made anew in each sitting
     assert with_mark == sorted(with_mark, reverse=True)  # the later the mark, the less is left
 
 

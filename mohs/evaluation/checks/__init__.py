@@ -16,8 +16,18 @@ from mohs.data import Dataset
 from mohs.errors import DataError, ModelError, UsageError, rows_text
 from mohs.evaluation._given import pair
 from mohs.evaluation._quiet import untouched
-from mohs.evaluation.checks import _behaviour, _gradient, _inputs, _slope
+from mohs.evaluation.checks import (
+    _ablation,
+    _behaviour,
+    _consistency,
+    _convergence,
+    _gradient,
+    _inputs,
+    _slope,
+    _validity,
+)
 from mohs.evaluation.checks._probe import Probe
+from mohs.evaluation.checks._review import Review
 from mohs.evaluation.checks._seen import Seen
 from mohs.records.schema import Finding
 from mohs.threat import Threat
@@ -38,6 +48,27 @@ CHECKS: dict[str, tuple[str, Callable[[Probe], Seen]]] = {
     "gradient-promise": ("gradient keeps its promise", _slope.kept_promise),
 }
 """Every check by id: its name and its function, in the order of the findings."""
+
+AFTERWARDS: dict[str, tuple[str, Callable[[Review], Seen]]] = {
+    "optimisation": ("more steps change nothing", _convergence.optimisation),
+    "restarts": ("more restarts change nothing", _convergence.restarts),
+    "one-step": ("iterations beat one step", _convergence.one_step),
+    "unbounded": ("without a bound the attack succeeds", _convergence.unbounded),
+    "masking": ("gradients beat search without them", _consistency.masking),
+    "random-points": ("attacks beat chance", _consistency.random_points),
+    "aims": ("with and without aims", _consistency.aims),
+    "families": ("kinds of attacks", _consistency.families),
+    "ablation": ("the model without its defense", _ablation.ablation),
+    "transfer": ("transfer from the model without its defense", _ablation.transfer),
+    "feasible": ("points inside region and box", _validity.feasible),
+    "rescored": ("points fool the model again", _validity.rescored),
+    "eight-bit": ("points as images of 8 bits", _validity.eight_bit),
+    "labels": ("labels agree", _validity.labels_agree),
+    "whole-accuracy": ("clean accuracy of all examples", _validity.whole_accuracy),
+}
+"""Every check of an evaluation after its plan, by id, in the order of the findings. Each looks at the rows, or at little more."""
+CURVE = "more radius breaks no less"
+"""Name of the check of the accuracy curve, which is drawn last."""
 
 
 def check(
@@ -121,4 +152,4 @@ def usable(model: nn.Module, x: Any, y: Any, stated: float | None, batch: int | 
         raise UsageError(f"batch must be a whole number >= 1; got {batch!r}.")
 
 
-__all__ = ["CHECKS", "Finding", "Probe", "check", "examine", "usable"]
+__all__ = ["AFTERWARDS", "CHECKS", "CURVE", "Finding", "Probe", "check", "examine", "usable"]

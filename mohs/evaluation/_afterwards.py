@@ -1,0 +1,213 @@
+"""After the plan: what its own record says of it, and the ladder of further attacks that are run where it says too little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from mohs import records
+from mohs.attacks import APGD, FGSM, PGD, SPGD, Square
+from mohs.attacks.run import refused_norm
+from mohs.evaluation import tactics
+from mohs.evaluation._inner import FAILURES
+from mohs.evaluation._random_points import RandomPoints
+from mohs.evaluation._student import student
+from mohs.evaluation.checks import AFTERWARDS, CURVE, Finding
+from mohs.evaluation.checks._review import Review
+from mohs.evaluation.checks._seen import Seen
+from mohs.evaluation.checks._validity import radii
+from mohs.evaluation.plans import PlanStep
+from mohs.objectives import margin
+from mohs.regions import L0
+from mohs.threat import Access
+
+if TYPE_CHECKING:
+    from mohs.evaluation._stages import Evaluation
+
+SHARE = 0.125
+"""Share of the survivors that a further attack takes first; it goes on while it breaks some (``_order.WORTH``)."""
+DOUBLINGS = 2
+"""How often more steps or restarts are given."""
+SUSPICIONS = ("one-step", "masking", "random-points", "unbounded", "transfer")
+"""Checks that say: the gradients of the plan hide something."""
+NOT_ENOUGH = {"optimisation": "steps", "restarts": "restarts"}
+"""Checks that say: more of the same would find more."""
+
+
+def review(run: Evaluation) -> list[Finding]:
+    """Look at the record of the plan; where that finds fault, climb the ladder, and say what came of it.
+
+    All of it is a function of the plan's rows and of seeds, so that a killed run that is resumed decides the same.
+    """
+    planned = len(run.steps)
+    run.notify("checks after the plan", 0, 1, 0)
+    looked = Review(run, planned)
+    seen = {id_: _looked(function, looked) for id_, (_, function) in AFTERWARDS.items()}
+    done: dict[str, list[str]] = {}
+    if run.settings.adaptive != "off" and not looked.closed:
+        ladder = _Ladder(run, looked)
+        for id_ in NOT_ENOUGH:
+            for times in range(1, DOUBLINGS + 1):
+                _again(run, id_, seen, planned)
+                if seen[id_].severity != "warn":
+                    break
+                done.setdefault(id_, []).append(ladder.more(id_, times))
+            _again(run, id_, seen, planned)
+        for id_ in SUSPICIONS:  # what only lacked steps is no suspicion
+            _again(run, id_, seen, planned)
+        loud = [id_ for id_ in SUSPICIONS if seen[id_].severity in ("warn", "block")]
+        if loud:
+            done[loud[0]] = ladder.suspicion(loud)
+            done.update({id_: [f"Done: see '{AFTERWARDS[loud[0]][0]}'."] for id_ in loud[1:]})
+            for id_ in loud:
+                again = _looked(AFTERWARDS[id_][1], Review(run, len(run.steps)))
+                calmer = "warn" if seen[id_].severity == "block" and again.severity != "block" else seen[id_].severity
+                seen[id_] = replace(seen[id_], severity=calmer, saw=f"{_first(seen[id_])}. Afterwards: {again.saw}")
+        for id_ in NOT_ENOUGH if loud else ():
+            _again(run, id_, seen, planned)
+    run.notify("checks after the plan", 1, 1, 0)
+    return [_finding(id_, AFTERWARDS[id_][0], seen[id_], done.get(id_, [])) for id_ in AFTERWARDS]
+
+
+def of_curve(curve: list[records.CurvePoint]) -> Finding:
+    """What the curve of accuracy against radius says."""
+    return _finding("radii", CURVE, radii(curve), [])
+
+
+def _looked(function: Callable[[Review], Seen], looked: Review) -> Seen:
+    try:
+        return function(looked)
+    except FAILURES as error:  # not every model can be taken apart, and a run of hours must not end in a check
+        return Seen("info", f"not tested: {str(error).split('. ')[0]}")
+
+
+def _again(run: Evaluation, id_: str, seen: dict[str, Seen], planned: int) -> None:
+    """A loud check looks again once something was run after the plan."""
+    before = seen[id_]
+    if len(run.steps) == planned or before.severity not in ("warn", "block"):
+        return
+    after = _looked(AFTERWARDS[id_][1], Review(run, len(run.steps)))
+    saw = f"{_first(before)}. Afterwards: {after.saw}"
+    if after.severity in ("warn", "block"):
+        seen[id_] = replace(after, saw=saw)
+    else:
+        seen[id_] = Seen(
+            "info", saw, "The plan's attacks had not come to their end; the further ones that were run have."
+        )
+
+
+def _first(seen: Seen) -> str:
+    return seen.saw.split(". Afterwards: ")[0]
+
+
+def _finding(id_: str, name: str, seen: Seen, done: list[str]) -> Finding:
+    remedy = " ".join([*done, seen.remedy]).strip()
+    return Finding(id=id_, name=name, severity=seen.severity, saw=seen.saw, means=seen.means, remedy=remedy)
+
+
+class _Ladder:
+    """Runs further attacks on the survivors, as steps that follow those of the plan."""
+
+    def __init__(self, run: Evaluation, looked: Review) -> None:
+        self.run, self.looked = run, looked
+        self.base = run.run.header.plan.model_copy(update={"steps": run.run.header.plan.steps[: len(run.steps)]})
+        self.added: list[records.Step] = []
+
+    def more(self, what: str, times: int) -> str:
+        """More steps, or more restarts, of the strongest attack."""
+        assert self.looked.strongest is not None
+        if what == "optimisation":
+            return self._rung(self.looked.longer(2**times), what, share=SHARE)
+        return self._rung(self.looked.strongest[1], what, share=SHARE, restarts=5**times)
+
+    def suspicion(self, loud: list[str]) -> list[str]:
+        """Other gradients, then none, then those of other nets."""
+        run = self.run
+        said, reason = [], ", ".join(loud)
+        white = run.threat.access >= Access.GRADIENT
+        if "one-step" in loud:
+            said.append(self._rung(FGSM(), reason))
+        if "random-points" in loud:
+            said.append(self._rung(RandomPoints(), reason))
+        if white:  # the plan's own may be set badly
+            said.append(self._rung(_sound(run), reason, share=SHARE))
+        if white and not run.choice.trials:
+            said.append(self._gradients(reason))
+        search = Square(steps=500)
+        if run.threat.access >= Access.SCORE and not refused_norm(search, run.threat):
+            said.append(self._rung(search, reason, share=SHARE))
+        said.append(self._transfer(reason, white))
+        return [text for text in said if text]
+
+    def _gradients(self, reason: str) -> str:
+        """Try tactics on the plan's own sample, and attack again with the best; it also guides what follows."""
+        run = self.run
+        believe = run.settings.adaptive == "declared"
+        choice = tactics.choose(run.probe, [], run.threat, run.seed, run.batch, believe=believe, suspicious=True)
+        if choice.tactic.make is None and choice.tactic.average is None:
+            return f"Tried: {len(choice.trials) - 1} other ways to get gradients; none broke clearly more."
+        run.choice, run.guide = choice, choice.tactic.guide(run.model)
+        run.run.update(tactics=tactics.noted(choice))
+        return self._rung(_sound(run), reason, share=SHARE, note=f", gradients {choice.tactic.name}")
+
+    def _transfer(self, reason: str, white: bool) -> str:
+        """With the gradients of the model without its defense, or of a student where there is none."""
+        run, looked = self.run, self.looked
+        if not self._left():
+            return ""
+        try:
+            inner = looked.inner if white else None
+            guide, name = inner or (
+                student(run.model, run.x, run.threat, run.seed, run.batch),
+                "a student of the model",
+            )
+        except FAILURES as error:
+            return f"Not tried: transfer ({str(error).split('. ')[0]})."
+        name = name if inner is None else f"the model without {name}"
+        attack = _sound(run) if white else PGD(steps=50, objective=margin)  # others ask for logits
+        return self._rung(attack, reason, share=SHARE, guide=guide, note=f", gradients of {name}")
+
+    def _left(self) -> int:
+        return int(Review(self.run, len(self.run.steps)).alive.sum())
+
+    def _rung(
+        self, attack: Any, reason: str, share: float = 1.0, restarts: int = 1, guide: nn.Module | None = None, note: str = ""
+    ) -> str:  # fmt: skip
+        """One further attack on the survivors; answers what it broke."""
+        run, before = self.run, self._left()
+        if not before:
+            return ""
+        step = _step(attack, restarts, share, f"added after the plan because of: {reason}")
+        run.steps.append((step, attack))
+        self.added.append(
+            records.Step(
+                name=step.name, config=repr(attack) + note, restarts=restarts, rank=step.rank, start=step.start, share=share,
+                note=step.note,
+            )
+        )  # fmt: skip
+        run.run.update(plan=self.base.model_copy(update={"steps": [*self.base.steps, *self.added]}))
+        kept = run.guide
+        run.guide = kept if guide is None else guide
+        stopped = ""
+        try:
+            run.attack(len(run.steps) - 1, step, attack, run.seen)
+        except FAILURES as error:  # what the plan found stands without it
+            stopped = f" It then stopped: {str(error).split('. ')[0]}."
+        finally:
+            run.guide = kept
+        return f"Done: {step.label}{note} broke {before - self._left()} of {before} survivors.{stopped}"
+
+
+def _sound(run: Evaluation) -> Any:
+    """An attack whose steps set themselves, for the region at hand."""
+    return SPGD(steps=50) if isinstance(run.threat.region, L0) else APGD(steps=50)
+
+
+def _step(attack: Any, restarts: int, share: float, note: str) -> PlanStep:
+    parts = fields(attack) if is_dataclass(attack) else ()
+    values = [(f.name, getattr(attack, f.name)) for f in parts]
+    named = tuple((name, repr(value) if callable(value) else value) for name, value in values)
+    return PlanStep(type(attack).__name__, named, restarts, share=share, note=note)

@@ -1,0 +1,164 @@
+"""What the checks after the plan share: its rows, and a few short attacks, each run once and only if asked for."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mohs.attacks import Job, Outcome
+from mohs.attacks._batches import fitting_batch
+from mohs.evaluation._inner import undefended
+from mohs.models import BlackBox
+from mohs.threat import Access
+
+if TYPE_CHECKING:
+    from mohs.evaluation._stages import Evaluation
+
+SHARE = 0.01
+"""Of the passes that the plan took, about so much goes into each look of these checks, beyond the fewest rows that say anything."""
+LEAST, MOST = 6, 32
+"""Rows of such a look."""
+
+
+class Review:
+    """An evaluation after its plan: who was broken by what, and how to try a little more.
+
+    Args:
+        run: the evaluation, with its open record.
+        upto: only rows of attacks before this one count, so that a resumed run sees what an uninterrupted one saw.
+
+    ``passes``: forwards and backwards of the attacks that were tried so far.
+    """
+
+    def __init__(self, run: Evaluation, upto: int) -> None:
+        self.run, self.upto, self.threat = run, upto, run.threat
+        self.record = run.run.record()
+        self.attacks = [a for a in self.record.attacks if a < upto]
+        self.steps = run.steps[:upto]
+        self.passes = 0
+
+    # ---- rows -------------------------------------------------------------------------------------------
+
+    def won(self, attacks: list[int]) -> NDArray[np.bool_]:
+        """Which examples some of these attacks broke, [N]."""
+        broke = np.zeros(self.record.n, dtype=bool)
+        for index in attacks:
+            rows = self.record.results(index)
+            broke[rows.example[rows.success]] = True
+        return broke
+
+    @cached_property
+    def alive(self) -> NDArray[np.bool_]:
+        """Examples that are right and unbroken, [N]."""
+        return self.record.correct & ~self.won(self.attacks)
+
+    @cached_property
+    def control(self) -> NDArray[np.int64]:
+        """Positions of the examples that each of the plan's attacks got in full."""
+        kept = self.record.correct & self.record.examples.control
+        for index in self.attacks:
+            ran = np.zeros(self.record.n, dtype=bool)
+            ran[self.record.results(index).example] = True
+            kept &= ran
+        return np.flatnonzero(kept)
+
+    @cached_property
+    def best(self) -> NDArray[np.float64]:
+        """The highest margin that was reached at each example, [N]; above 0 is broken."""
+        best = -self.record.examples.clean_margin
+        for index in self.attacks:
+            rows = self.record.results(index)
+            best[rows.example] = np.fmax(best[rows.example], rows.margin)
+        return np.nan_to_num(best, nan=-np.inf)
+
+    def near(self, count: int, among: NDArray[np.bool_] | None = None) -> Tensor:
+        """Positions of the survivors (or of others) that are nearest to breaking, at most ``count``."""
+        among = self.alive if among is None else among
+        order = np.lexsort((np.arange(self.record.n), -self.best))
+        return torch.from_numpy(order[among[order]][:count]).to(self.run.x.device)
+
+    @property
+    def blind(self) -> list[int]:
+        """The attacks that ask for no gradients."""
+        return [a for a in self.attacks if self.steps[a][1].needs < Access.GRADIENT]
+
+    @property
+    def sighted(self) -> list[int]:
+        """The attacks that follow gradients, more than one step of them."""
+        return [a for a in self.attacks if self.steps[a][1].needs >= Access.GRADIENT and self.steps[a][1].steps > 1]
+
+    @cached_property
+    def spent(self) -> int:
+        """Forwards and backwards of the plan."""
+        rows = [self.record.results(a) for a in self.attacks]
+        return int(sum(r.forwards.sum() + r.backwards.sum() for r in rows))
+
+    def afford(self, passes: int, least: int = LEAST, most: int = MOST) -> int:
+        """How many rows a look of so many passes per row may take."""
+        return int(np.clip(SHARE * self.spent / max(passes, 1), least, most))
+
+    # ---- a little more ----------------------------------------------------------------------------------
+
+    @cached_property
+    def closed(self) -> str:
+        """Why no check may look at the model any more; '' if it may."""
+        if self.threat.access == Access.NONE:
+            return "the threat shows nothing of the model"
+        if self.threat.queries is not None:
+            return "the threat limits the queries"
+        if any(isinstance(m, BlackBox) for m in self.run.model.modules()):
+            return "each look at this model has its price"
+        return "" if self.attacks else "no attack ran"
+
+    @cached_property
+    def strongest(self) -> tuple[int, Any] | None:
+        """Of the attacks at a fixed radius, those with gradients first: the one that broke most of the control subset (the
+        later one of equals), and its place in the plan; None: there is none whose steps can be set."""
+        able = [a for a in self.attacks if self.steps[a][1].finite and _has_steps(self.steps[a][1])]
+        if not able:
+            return None
+
+        def power(a: int) -> tuple[bool, int, int]:
+            return a in self.sighted, int(self.won([a])[self.control].sum()), a
+
+        index = max(able, key=power)
+        return index, self.steps[index][1]
+
+    def longer(self, times: int = 2) -> Any:
+        """The strongest attack with so many times the steps."""
+        assert self.strongest is not None
+        attack = self.strongest[1]
+        return replace(attack, steps=times * attack.steps)
+
+    @cached_property
+    def inner(self) -> tuple[nn.Module, str] | None:
+        """The model without its defense, and what was left out; None where there is none to be told apart."""
+        rows = self.near(MOST, self.record.correct)
+        if not len(rows):
+            return None
+        return undefended(self.run.model, self.run.x[rows], self.run.y[rows], believe=self.run.settings.adaptive != "blind")
+
+    def tried(self, attack: Any, rows: Tensor, *, other: int = 0, **settings: Any) -> Outcome:
+        """One attack on the examples ``rows``, with the gradients that the plan has; ``other``: on other random streams."""
+        run = self.run
+        settings = {"guide": run.guide, "average": run.choice.tactic.average, **settings}
+        count = len(rows) * settings.get("restarts", 1)
+        model = settings.pop("model", run.model)
+        job = Job(
+            attack, model, run.x[rows], run.y[rows], run.threat, seed=run.seed + other,
+            batch=fitting_batch(count, run.batch, run.x.device.type == "cpu"), **settings,
+        )  # fmt: skip
+        for _ in job.run():
+            pass
+        self.passes += job.spent
+        return job.outcome()
+
+
+def _has_steps(attack: Any) -> bool:
+    return attack.steps > 1 and is_dataclass(attack) and "steps" in attack.__dataclass_fields__
