@@ -25,6 +25,8 @@ WORDS = {
 }
 COPIES = 4
 """How often each input of the sample is shown: as it is, and with noise, half of it of the size of the radius."""
+CLOSE = 0.05
+"""Share of the outputs' variance that a stand-in may leave unexplained; one that leaves less has nothing to add to it."""
 PLACES = 1
 """Layers before which everything is fitted at once."""
 Make = Callable[[nn.Module], nn.Module]
@@ -44,26 +46,37 @@ def fitted(model: nn.Module, x: Tensor, threat: Threat) -> Iterator[tuple[str, M
     lost = _layers.losing(model, x, any_shape=True)
     names = list(dict.fromkeys([*lost, *_layers.bare(model, x, any_shape=True)]))
     sets = [lost, names] if lost and set(names) - set(lost) else [names]
+    covered: list[Tensor] = []
     for layers in sets if names else ():
         pairs = _heard(model, x, layers)
         layers = [name for name in layers if name in pairs and kinds(*pairs[name])]
+        if all(_identical(*pairs[name]) for name in layers):
+            continue
+        covered += [pairs[name][1] for name in layers]
         for place in range(max((len(kinds(*pairs[name])) for name in layers), default=0)):
             stand_ins, word = _stand_ins(pairs, layers, place)
             if stand_ins:
                 listed = ", ".join(layers)
                 yield f"through {listed} by a fitted {word}", partial(Through, layers=stand_ins)
+                if max(stand_in.error for stand_in in stand_ins.values()) < CLOSE:
+                    break
     for name in _layers.entrances(model, x, any_shape=True)[:PLACES]:
         heard = _heard(model, x, [name]).get(name)
-        if heard is None:
-            continue
+        if heard is None or any(heard[0].shape == went.shape and torch.equal(heard[0], went) for went in covered):
+            continue  # what lies before it has been fitted already
         pair = x[: len(heard[0])], heard[0]
-        for kind in kinds(*pair):
+        for kind in () if _identical(*pair) else kinds(*pair):
             backward = _or_none(pair, kind)
             if backward is not None:
                 yield (
                     f"past what comes before {name} by a fitted {WORDS[kind]}",
                     partial(Past, layer=name, backward=backward),
                 )
+
+
+def _identical(came: Tensor, went: Tensor) -> bool:
+    """Does the identity resemble the layer so well that nothing is left to fit?"""
+    return came.shape == went.shape and float((went - came).square().mean()) < CLOSE * float(went.var(correction=0))
 
 
 def _stand_ins(

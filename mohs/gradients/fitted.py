@@ -134,8 +134,10 @@ def fit(came: Tensor, went: Tensor, kind: str, seed: int = 0) -> Fitted:
         ),
     }
     with torch.inference_mode(False), torch.enable_grad():
+        with torch.random.fork_rng([]):  # a new layer draws weights of its own first
+            net = make[kind]()
         found = Fitted(
-            kind, _seeded(make[kind](), generator).to(came), tuple(went.shape[2:]) if images else None,
+            kind, _seeded(net, generator).to(came), tuple(went.shape[2:]) if images else None,
             tuple(went.shape[1:]), (float(came.mean()), float(went.mean())), (spread[0], spread[1]),
         )  # fmt: skip
         if kind == "linear":

@@ -1,0 +1,275 @@
+"""Checks after the plan: planted models and results trip them, healthy ones do not, and the ladder mends what it can."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from core_models import inputs, relu_net
+from torch import Tensor, nn
+
+import mohs
+from mohs import defenses
+from mohs.evaluation import _inner, _student
+from mohs.evaluation.checks import AFTERWARDS
+from mohs.evaluation.plans import Plan, PlanStep
+from mohs.records import Record
+from mohs.threat import Access, Threat
+
+N, SHAPE, EPS = 32, (1, 4, 4), 0.04
+THREAT = f"linf:{EPS}"
+SOUND = Plan(
+    "sound",
+    (
+        PlanStep.make("APGD", {"steps": 20}),
+        PlanStep.make("APGD", {"steps": 40, "objective": "margin"}, aims=2),
+        PlanStep.make("Square", {"steps": 60}),
+    ),
+)
+
+
+def short(steps: int = 15, **settings: object) -> Plan:
+    return Plan("short", (PlanStep.make("PGD", {"steps": steps, **settings}),))
+
+
+def data(model: nn.Module) -> tuple[Tensor, Tensor]:
+    x = inputs(N, *SHAPE, seed=5)
+    with torch.no_grad():
+        return x, model(x).argmax(1)
+
+
+class Turned(torch.autograd.Function):
+    """The identity; each row's gradient is turned round where told."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, sign: Tensor) -> Tensor:
+        ctx.sign = sign  # type: ignore[attr-defined]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return g * ctx.sign, None  # type: ignore[attr-defined]
+
+
+class Trap(nn.Module):
+    """Honest gradients at the data, where checks look before the run; anywhere else they point the other way."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("known", x.flatten(1).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        far = torch.cdist(x.detach().flatten(1), self.known).amin(1) > 1e-3
+        return Turned.apply(x, 1.0 - 2.0 * far.view(-1, 1, 1, 1).float())
+
+
+def trapped() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    net = relu_net(SHAPE)
+    x, y = data(net)
+    return nn.Sequential(Trap(x), net).eval(), (x, y)
+
+
+def found(record: Record) -> dict[str, str]:
+    return {f.id: f.severity for f in record.header.checks if f.id in {*AFTERWARDS, "radii"}}
+
+
+def said(record: Record, id_: str) -> str:
+    (finding,) = [f for f in record.header.checks if f.id == id_]
+    return f"{finding.saw} | {finding.remedy}"
+
+
+@pytest.fixture(scope="module")
+def healthy() -> Record:
+    net = relu_net(SHAPE)
+    return mohs.evaluate(net, data(net), THREAT, plan=SOUND, stated_accuracy=1.0, control=20)
+
+
+@pytest.fixture(scope="module")
+def fooled() -> Record:
+    """The trap, looked at and left alone."""
+    model, xy = trapped()
+    return mohs.evaluate(model, xy, THREAT, plan=short(), adaptive="off", control=12)
+
+
+@pytest.fixture(scope="module")
+def mended() -> Record:
+    """The trap, and all that is done about it."""
+    model, xy = trapped()
+    return mohs.evaluate(model, xy, THREAT, plan=short(), claim="accuracy >= 0.5", control=12)
+
+
+# ---- healthy ---------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_net_trips_nothing_and_is_looked_at_by_all(healthy: Record) -> None:
+    severities = found(healthy)
+    assert {k: v for k, v in severities.items() if v in ("warn", "block")} == {}
+    assert set(severities) == {*AFTERWARDS, "radii"}
+    untested = {f.id for f in healthy.header.checks if f.id in severities and "not tested" in f.saw}
+    assert untested == {"ablation", "transfer", "eight-bit"}
+    assert 0.2 < healthy.robust_accuracy < 0.9, "else the checks have nothing to look at"
+    assert [a.name for a in healthy.header.attacks] == [s.label for s in SOUND.steps]
+
+
+# ---- planted models --------------------------------------------------------------------------------------
+
+
+def test_a_trap_trips_all_that_can_see_it(healthy: Record, fooled: Record) -> None:
+    before = [f.id for f in fooled.header.checks if f.severity in ("warn", "block") and f.id not in AFTERWARDS]
+    assert before == [], "or the checks after the plan are not what finds it"
+    assert fooled.robust_accuracy > healthy.robust_accuracy + 0.2
+    severities = found(fooled)
+    assert severities["one-step"] == severities["masking"] == severities["transfer"] == "warn"
+    assert severities["unbounded"] in ("warn", "block")
+    assert severities["random-points"] in ("warn", "block")
+    assert [a.name for a in fooled.header.attacks] == ["PGD-15 CE"]
+
+
+def test_a_trap_is_sprung_by_the_ladder(healthy: Record, mended: Record) -> None:
+    assert mended.robust_accuracy <= healthy.robust_accuracy + 1 / N
+    assert mended.verdict is not None
+    assert mended.verdict.word != "blocked"
+    assert "Afterwards: " in said(mended, "masking")
+    assert "Done: " in said(mended, "one-step")
+    assert "survivors" in said(mended, "one-step")
+    assert any(t.chosen and t.name != "gradients as they are" for t in mended.header.tactics)
+    added = mended.header.plan.steps[1:]
+    assert len(added) == len(mended.header.attacks) - 1 >= 4
+    assert all("added after the plan because of" in s.note for s in added)
+    assert "gradients of the model without layer 0" in "".join(s.config for s in added) or not mended.survived.any()
+    assert mohs.evaluation.replay(mended, trapped()[0]).holds
+
+
+def test_the_report_names_what_was_added(mended: Record, tmp_path: Path) -> None:
+    page = mohs.reports.render(mended, tmp_path / "page.html").read_text()
+    assert mended.header.attacks[-1].name.split(",")[0] in page
+    assert "iterations beat one step" in page
+
+
+def test_too_few_steps_are_found_and_given(healthy: Record) -> None:
+    net = relu_net(SHAPE)
+    plan = short(steps=4, step_size=EPS / 16, random_start=False)
+    left = mohs.evaluate(net, data(net), THREAT, plan=plan, adaptive="off", control=12)
+    assert found(left)["optimisation"] == "warn"
+    more = mohs.evaluate(net, data(net), THREAT, plan=plan, control=12)
+    assert more.robust_accuracy < left.robust_accuracy
+    assert more.robust_accuracy <= healthy.robust_accuracy + 2 / N
+    assert "8 steps of PGD" in said(more, "optimisation")
+    assert "Afterwards: " in said(more, "optimisation")
+    assert more.header.attacks[1].name.startswith("PGD-8 CE")
+
+
+class Ripples(nn.Module):
+    """Whether an ascent succeeds is decided by where it begins: of seven hills one is high enough."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = (x.flatten(1)[:, 0] - 0.5) / 0.1  # -1 to 1 within the radius
+        rise = torch.cos(7 * math.pi * (t - 0.42)) * torch.exp(-((t - 0.42) ** 2)) - 0.95
+        return torch.stack([torch.zeros_like(rise), rise], 1) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+def test_luck_is_found_by_further_restarts() -> None:
+    x = torch.full((N, 1, 1, 2), 0.5)
+    x[:, 0, 0, 1] = torch.linspace(0, 1, N)
+    xy = x, torch.zeros(N, dtype=torch.int64)
+    plan = Plan("one", (PlanStep.make("PGD", {"steps": 12, "step_size": 0.004, "objective": "margin"}),))
+    once = mohs.evaluate(Ripples().eval(), xy, "linf:0.1", plan=plan, adaptive="off", control=12)
+    assert 0.3 < once.robust_accuracy < 0.98
+    assert found(once)["restarts"] == "warn"
+    more = mohs.evaluate(Ripples().eval(), xy, "linf:0.1", plan=plan, control=12)
+    assert more.robust_accuracy < once.robust_accuracy - 0.2
+
+
+def test_the_model_without_a_declared_defense_is_attacked_too() -> None:
+    net = relu_net(SHAPE)
+    model = defenses.BitDepth(5)(net).eval()
+    record = mohs.evaluate(model, data(model), THREAT, plan=SOUND, control=12)
+    assert "without BitDepth(bits=5)" in said(record, "ablation")
+    assert found(record)["transfer"] == "ok"
+    assert "survivors nearest to breaking" in said(record, "transfer")
+
+
+def test_what_is_left_out_must_leave_a_classifier() -> None:
+    class Negative(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return -x
+
+    net = relu_net(SHAPE)
+    model = nn.Sequential(Negative(), Negative(), net).eval()
+    x, y = data(model)
+    inner = _inner.undefended(model, x, y, believe=True)
+    assert inner is not None
+    assert inner[1] == "layer 0, layer 1"
+    assert torch.equal(inner[0](x), net(x))
+    assert _inner.undefended(nn.Sequential(Negative(), net).eval(), x, net(-x).argmax(1), believe=True) is None
+    assert _inner.undefended(net, x, y, believe=True) is None
+
+
+def test_a_student_learns_the_answers_and_repeats_itself() -> None:
+    net = relu_net(SHAPE)
+    x, y = data(net)
+    state = torch.random.get_rng_state()
+    one, two = (_student.student(net, x, Threat.parse(THREAT), 0, 16) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert float((one(x).argmax(1) == y).float().mean()) > 0.7
+    assert torch.equal(one(x), two(x))
+
+
+# ---- where nothing may be looked at -------------------------------------------------------------------------
+
+
+def test_a_limit_of_queries_closes_the_model() -> None:
+    net = relu_net(SHAPE)
+    threat = Threat(mohs.Linf(EPS), access=Access.SCORE, queries=50)
+    record = mohs.evaluate(net, data(net), threat, plan=Plan("s", (PlanStep.make("Square", {"steps": 20}),)), control=0)
+    assert {f.severity for f in record.header.checks if f.id in AFTERWARDS} <= {"ok", "info"}
+    assert "limits the queries" in said(record, "unbounded")
+    assert len(record.header.attacks) == 1
+
+
+@pytest.mark.parametrize("threat", ["l2:0.2", "l1:0.8", "l0:2"])
+def test_other_regions_are_served(threat: str) -> None:
+    net = relu_net(SHAPE)
+    record = mohs.evaluate(net, data(net), threat, plan="quick", control=12)
+    loud = {f.id: f.saw for f in record.header.checks if f.severity in ("warn", "block")}
+    assert loud == {}
+    assert found(record)["unbounded"] == "ok"
+
+
+def test_random_models_are_not_judged_by_luck() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = relu_net(SHAPE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x + 0.02 * torch.randn_like(x))  # type: ignore[no-any-return]
+
+    net = relu_net(SHAPE)
+    x, y = data(net)
+    record = mohs.evaluate(Noisy().eval(), (x[:16], y[:16]), THREAT, plan=short(8))
+    loud = {f.id for f in record.header.checks if f.severity in ("warn", "block")}
+    assert loud <= {"randomness", "rescored"}
+
+
+def test_a_run_that_is_killed_on_the_ladder_ends_as_one_that_was_not(mended: Record, tmp_path: Path) -> None:
+    model, xy = trapped()
+    seen: list[str] = []
+
+    def stop(stage: str, done: int, total: int, broken: int) -> None:
+        seen.append(stage)
+        if stage.startswith("3/3") and done == 0:
+            raise KeyboardInterrupt
+
+    run = {"plan": short(), "claim": "accuracy >= 0.5", "control": 12, "out": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt):
+        mohs.evaluate(model, xy, THREAT, notify=stop, **run)  # type: ignore[arg-type]
+    assert Record.load(tmp_path / "run").header.status == "interrupted"
+    again = mohs.evaluate(model, xy, THREAT, **run)  # type: ignore[arg-type]
+    assert again.header.ledger_digest == mended.header.ledger_digest
+    assert again.header.checks == mended.header.checks
+    assert again.header.plan == mended.header.plan
+    assert np.array_equal(again.survived, mended.survived)
