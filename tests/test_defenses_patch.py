@@ -183,7 +183,7 @@ class TestDigitalWatermarking:
         x[:, :, 2:5, 3:6] = 1.0
         known = DigitalWatermarking(row=2, column=3, side=3)(Sum().eval())
         assert torch.allclose(known(x)[:, 0], torch.tensor(0.25 * 243), rtol=1e-5)
-        with pytest.raises(ModelError, match="there is none .* a known place"):
+        with pytest.raises(ModelError, match=r"there is none .* a known place"):
             DigitalWatermarking()(Sum().eval())(x)
 
     def test_painting_is_the_biharmonic_inpainting_of_each_image(self) -> None:

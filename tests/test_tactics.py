@@ -160,7 +160,10 @@ def test_an_honest_net_costs_nothing_and_keeps_its_gradients(name: str, data: mo
 def test_only_noise_is_averaged(data: mohs.data.Dataset) -> None:
     choice, loud = chosen(chain(Layer(lambda x: x + 0.3 * torch.randn_like(x)), small()), data)
     assert "zero-gradient" not in loud
-    assert [t.tactic.average for t in choice.trials] == [1, tactics.AVERAGE]
+    first, second = (t.tactic.average for t in choice.trials)
+    assert first == 1
+    assert second is not None
+    assert second > 1
 
 
 def test_a_declaration_is_used_or_withheld(data: mohs.data.Dataset) -> None:
@@ -224,7 +227,7 @@ def test_the_exam_uses_the_gradients_of_the_attacks(data: mohs.data.Dataset) -> 
     assert record.header.identity != mohs.evaluate(model, data, "linf:0.1", plan="quick", control=0).header.identity
     with pytest.raises(mohs.errors.UsageError, match="exam must be"):
         mohs.evaluate(model, data, "linf:0.1", exam=-1)
-    with pytest.raises(mohs.errors.ThreatError, match="every norm but l0"):
+    with pytest.raises(mohs.errors.ThreatError, match="needs a norm"):
         mohs.evaluate(model, data, "l0:3", exam=4)
 
 

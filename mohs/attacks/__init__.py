@@ -13,8 +13,8 @@ from mohs.attacks.fab import FAB
 from mohs.attacks.fgsm import FGSM
 from mohs.attacks.fmn import FMN
 from mohs.attacks.jsma import JSMA
-from mohs.attacks.lavan import LaVAN
 from mohs.attacks.latent import Latent
+from mohs.attacks.lavan import LaVAN
 from mohs.attacks.lbfgs import LBFGS
 from mohs.attacks.mifgsm import MIFGSM
 from mohs.attacks.nifgsm import NIFGSM

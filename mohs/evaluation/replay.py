@@ -91,6 +91,8 @@ def wrong(
     model: nn.Module, x: Tensor, y: Tensor, batch: int, draws: int, seed: int, reject: int | None = None
 ) -> Tensor:
     """Is each point answered wrongly and not rejected, [B], by more than half of the draws where the model is random?"""
+    if not len(x):
+        return torch.zeros(0, dtype=torch.bool, device=x.device)
     fill = torch.arange(batch, device=x.device).clamp_max(len(x) - 1)
     looks, wins = max(draws, 1), torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with untouched(model, seed), torch.no_grad():

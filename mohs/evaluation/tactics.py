@@ -19,6 +19,7 @@ from mohs import defenses, records
 from mohs.attacks import APGD, SPGD, Attack, LaVAN, attack
 from mohs.errors import MohsError
 from mohs.evaluation import _layers
+from mohs.evaluation._draws import draws_needed
 from mohs.evaluation._fits import fitted
 from mohs.evaluation.checks._probe import Probe
 from mohs.gradients import BeforeSoftmax, FiniteDifference, Past, Smooth, Straight, Through
@@ -28,8 +29,6 @@ from mohs.threat import Threat
 ROWS = 32
 """Examples a tactic is tried on."""
 STEPS = 15
-AVERAGE = 10
-"""Evaluations per look where a random model's objectives are averaged."""
 DRAWS = 20
 """Fresh evaluations that score a random model where the threat does not say."""
 ENOUGH = 0.9
@@ -111,7 +110,7 @@ def choose(
     if not len(right):
         return Choice(PLAIN)
     x, y = probe.x[right], probe.y[right]
-    average = AVERAGE if probe.random else None
+    average = draws_needed(probe, None if said is None else said.guide)[0] if probe.random else None
 
     def tried(tactic: Tactic) -> Trial:
         return trial(tactic, probe.model, x, y, threat, seed, batch, probe.reject)

@@ -137,7 +137,7 @@ def _far(review: Review, rows: Tensor) -> tuple[Tensor, Tensor]:
     such example."""
     run, region = review.run, review.threat.region
     answers = torch.from_numpy(review.record.examples.clean_label).to(run.y)
-    others = torch.arange(min(len(run.x), MOST), device=run.x.device)
+    others = torch.arange(min(review.record.n, MOST), device=run.x.device)
     kept, radii = [], []
     for row in rows.tolist():
         wrong = others[(answers[others] != run.y[row]) & (answers[others] >= 0)]

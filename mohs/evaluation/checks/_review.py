@@ -142,12 +142,16 @@ class Review:
         rows = self.near(MOST, self.record.correct)
         if not len(rows):
             return None
-        return undefended(self.run.model, self.run.x[rows], self.run.y[rows], believe=self.run.settings.adaptive != "blind")
+        return undefended(
+            self.run.model, self.run.x[rows], self.run.y[rows], believe=self.run.settings.adaptive != "blind"
+        )
 
     def tried(self, attack: Any, rows: Tensor, *, other: int = 0, **settings: Any) -> Outcome:
         """One attack on the examples ``rows``, with the gradients that the plan has; ``other``: on other random streams."""
         run = self.run
-        settings = {"guide": run.guide, "average": run.choice.tactic.average, **settings}
+        settings = {
+            "guide": run.guide, "average": run.choice.tactic.average, "reject": run.settings.reject, **settings
+        }  # fmt: skip
         count = len(rows) * settings.get("restarts", 1)
         model = settings.pop("model", run.model)
         job = Job(

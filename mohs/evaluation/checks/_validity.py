@@ -13,7 +13,7 @@ from mohs.evaluation.checks._seen import Seen, ok
 from mohs.evaluation.replay import wrong
 from mohs.records.schema import CurvePoint
 from mohs.records.stats import clopper_pearson
-from mohs.regions import L0
+from mohs.regions import Lp
 
 AGAIN = 64
 """Stored points of each attack that are looked at again."""
@@ -34,7 +34,8 @@ def feasible(review: Review) -> Seen:
         eps = size.new_full((len(x),), region.eps)
         # what rounding in the inputs' own precision may add to a change
         slack = np.finfo(points.dtype).eps * (abs(x0).flatten(1).amax(1) + region.eps)
-        slack = slack * (1.0 if isinstance(region, L0) or math.isinf(region.p) else x0[0].numel() ** (1 / region.p))
+        if isinstance(region, Lp) and not math.isinf(region.p):
+            slack = slack * x0[0].numel() ** (1 / region.p)
         flat = x.flatten(1)
         fine = (size <= eps * (1 + 1e-5) + slack) & flat.isfinite().all(1)
         fine &= (flat.amin(1) >= threat.box[0]) & (flat.amax(1) <= threat.box[1])
