@@ -95,7 +95,8 @@ GRADIENTS = """# Gradients for models that hide them
 
 A guide is a module with a model's answers and other gradients: `mohs.attack(attack, model, x, y, threat, guide=...)`. An
 evaluation tries them by itself where gradients are missing, zero or misleading, and the record says which one it took.
-`mohs.gradients.reparameterize(model, decode)` gives the classifier as a function of a latent instead.
+`mohs.gradients.reparameterize(model, decode)` gives the classifier as a function of a latent instead;
+`Affine` and `Flow` are such decoders, of rotated, moved, scaled and bent images.
 """
 TRAINING = """# Training objectives
 

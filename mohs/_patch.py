@@ -87,9 +87,8 @@ class Patch:
     def sides(self, like: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, columns) of the windows of radius ``eps`` [B] on images of the shape of ``like`` [..., H, W], int64 [B]."""
         height, width = like.shape[-2:]
-        top, left = self.at or (0, 0)
         side = eps.clamp(max=max(height, width)).long()
-        return side.clamp(max=height - top), side.clamp(max=width - left)
+        return side.clamp(max=height), side.clamp(max=width)
 
     def sums(self, score: Tensor, eps: Tensor) -> Tensor:
         """Sum of ``score`` [B, H, W] over the window that begins at each pixel, float64 [B, H, W]; -inf where none may."""

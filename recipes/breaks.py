@@ -13,6 +13,9 @@ are the net trained against PGD, which must keep its robustness, and it behind a
     withheld    the same on the model as an opaque module: no layer and no declaration can be seen
     through     where the attacks of 'withheld' took their gradients, and which checks led there
 
+The defenses against patches stand before the same net under a threat of their own (PATCHES), beside the net without them; there
+'hand-made' is LaVAN, 100 steps.
+
 What is expected to fall was written down before the run: all that change the input, the logits or the gradient of a net without
 robustness of its own, to within 2 points of the undefended net's accuracy (EXPECTED); random resizing, noise and pruning are not
 on that list, because noise makes any net a little smoother, nor is Defense-GAN, which costs accuracy without an attack. The two
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 
 import mohs
 from mohs import defenses, models
-from mohs.attacks import PGD
+from mohs.attacks import PGD, LaVAN
 from mohs.data import Dataset, load
 from mohs.objectives import plain_cross_entropy
 from mohs.threat import Threat
@@ -48,7 +51,12 @@ SINGLE = (
 )  # fmt: skip
 FEWER = {"pixel-defend": 100, "defense-gan:50:2": 100}
 """Rows whose defense costs a second or more per hundred answers: at most so many images."""
-EXPECTED = frozenset(SINGLE) - {
+PATCHES = dict.fromkeys(
+    ("no defense, patch", "local-gradients-smoothing", "local-gradients-smoothing:2.3:0.2:5:2", "digital-watermarking"),
+    Threat.parse("patch:5"),
+)
+"""Rows with a threat of their own."""
+EXPECTED = (frozenset(SINGLE) | frozenset(PATCHES)) - {
     "random-resize-pad", "noise-input:0.1", "activation-pruning", "k-winners", "crop-ensemble:10", "quilting",
     "noise-input:0.1,bit-depth:3", "defense-gan:50:2",
 }  # fmt: skip
@@ -79,6 +87,8 @@ def subjects(only: list[str]) -> dict[str, Callable[[], nn.Module]]:
 
     rows: dict[str, Callable[[], nn.Module]] = {"no defense": lambda: models.load("bundled:fashion-natural")}
     rows |= {text: behind(text, "fashion-natural") for text in SINGLE}
+    rows["no defense, patch"] = rows["no defense"]
+    rows |= {text: behind(text, "fashion-natural") for text in PATCHES if text not in rows}
     rows["robust net"] = lambda: models.load("bundled:fashion-pgd")
     rows["robust net, jpeg:75"] = behind("jpeg:75", "fashion-pgd")
     for text in only:
@@ -90,7 +100,9 @@ def subjects(only: list[str]) -> dict[str, Callable[[], nn.Module]]:
 def by_hand(model: nn.Module, data: Dataset, threat: Threat, *, honest: bool) -> float:
     """Accuracy under one PGD: naive, or with what an honest attacker of this defense would use."""
     said = defenses.declared(model)
-    attack = PGD(steps=100) if honest else PGD(steps=40, objective=plain_cross_entropy)
+    attack: Any = PGD(steps=100) if honest else PGD(steps=40, objective=plain_cross_entropy)
+    if honest and threat.region.kind == "patch":
+        attack = LaVAN(steps=100)
     try:
         out = mohs.attack(
             attack, model, data.x, data.y, threat, guide=said.guide if honest else None, average=10 if honest and said.random else 1
@@ -116,7 +128,8 @@ def row(name: str, make: Callable[[], nn.Module], data: Dataset, plan: str) -> d
     """One line of the table."""
     model = make()
     random = defenses.declared(model).random
-    threat = Threat(THREAT.region, draws=DRAWS) if random else THREAT
+    threat = PATCHES.get(name, THREAT)
+    threat = Threat(threat.region, draws=DRAWS) if random else threat
     said = mohs.evaluate(model, data, threat, plan=plan, control=0)
     hidden = mohs.evaluate(Opaque(make()).eval(), data, threat, plan=plan, control=0, adaptive="blind")
     chosen = next((t.name for t in hidden.header.tactics if t.chosen), "as they are")

@@ -78,6 +78,22 @@ def test_the_projection_is_the_nearest_point(
     assert torch.equal(again, got)
 
 
+def test_an_allowed_point_stays_to_the_last_bit() -> None:
+    # beside a large change a tiny one is lost in the sums, and a window without it looks as good
+    x0 = torch.full((1, 1, 6, 6), 0.5, dtype=torch.float64)
+    x = x0.clone()
+    x[0, 0, 2, 2], x[0, 0, 4, 4] = 1.0, 0.5 + 1e-12
+    assert torch.equal(Patch(3).project(x, x0, torch.tensor([3.0], dtype=torch.float64), UNIT), x)
+
+
+def test_gradients_of_any_size_choose_the_same_window() -> None:
+    x0, g = clean(5, 2, 6, 6).float() * 255, draw(5, 2, 6, 6, seed=3).float()
+    eps, box = torch.full((5,), 2.0), (0.0, 255.0)
+    want = Patch(2).extreme(g, x0, eps, box)
+    for scale in (1e-30, 1e37):
+        assert torch.equal(Patch(2).extreme(g * scale, x0, eps, box), want)
+
+
 def test_ties_go_to_the_first_window() -> None:
     x0 = torch.zeros(1, 1, 4, 5)
     got = Patch(2).project(torch.ones_like(x0), x0, torch.tensor([2.0]), UNIT)
@@ -278,6 +294,29 @@ def test_windows_tried_are_apart_and_in_order_of_their_gain() -> None:
             assert max(abs(a[0] - b[0]), abs(a[1] - b[1])) * 2 > side - 1
     few = apart(Patch(3), gain[:1, :3, :3], eps[:1], 2)  # there is one window only
     assert few.tolist() == [[[0, 0], [0, 0]]]
+
+
+class Turning(nn.Module):
+    """One square decides, but the slope at the grey image is wrong about one of its pixels and highest elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x[:, 0, -2:, -2].sum(1), x[:, 0, -2:, -1].sum(1)
+        hidden = torch.relu(a - b - 0.8) * 4 + 0.01 * (a - x[:, 0, -2, -1] + x[:, 0, -1, -1])
+        decoy = 0.1 * x[:, 0, :2, :2].sum((1, 2))
+        return torch.stack([torch.full_like(hidden, 1.2), hidden + decoy], 1)
+
+
+def test_the_window_of_the_highest_look_is_climbed_in() -> None:
+    net, x = Turning().eval(), torch.full((2, 1, 8, 8), 0.5)
+    y = torch.zeros(2, dtype=torch.int64)
+    first = Patch(2).extreme(
+        torch.autograd.functional.jacobian(lambda z: net(z)[:, 1].sum(), x), x, torch.full((2,), 2.0), UNIT
+    )
+    assert set((first != x).nonzero()[:, 2].tolist()) == {0, 1}
+    out = mohs.attack(LaVAN(steps=60, windows=8), net, x, y, "patch:2")
+    assert out.success.all()
+    assert int(out.backwards.min()) > 1  # no look was enough by itself
+    assert not mohs.attack(LaVAN(steps=60, windows=1), net, x, y, "patch:2").success.any()
 
 
 class Corner(nn.Module):

@@ -33,7 +33,7 @@ class NIFGSM(MIFGSM):
 
     Args:
         steps: gradient steps.
-        step_size: length of a step in the region's norm, input units; None: eps / steps (L0: see the region).
+        step_size: length of a step in the region's norm, input units; None: eps / steps (L0, patches: see the region).
         decay: how much of the accumulated direction is kept; 0 is BIM.
         objective: what to climb.
 

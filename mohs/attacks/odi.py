@@ -30,7 +30,8 @@ class ODI(PGD):
 
     Args:
         steps: gradient steps in all.
-        step_size: length of PGD's steps in the region's norm, input units; None: 2.5 * eps over their number (L0: see the region).
+        step_size: length of PGD's steps in the region's norm, input units; None: 2.5 * eps over their number (L0,
+            patches: see the region).
         random_start: start at a random point and diversify; False: PGD from the clean input.
         objective: what to climb after that.
         diversify: how many steps diversify; at most half of all.

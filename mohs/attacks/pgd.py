@@ -26,7 +26,7 @@ class PGD:
 
     Args:
         steps: gradient steps.
-        step_size: length of a step in the region's norm, input units; None: 2.5 * eps / steps (L0: see the region).
+        step_size: length of a step in the region's norm, input units; None: 2.5 * eps / steps (L0, patches: see the region).
         random_start: start at a random point of region and box, else at the clean input.
         objective: what to climb.
 
