@@ -3,7 +3,12 @@
     python recipes/pixelcnn_fashion.py            # trains, measures, prints the figures
     python recipes/pixelcnn_fashion.py --bundle   # and puts weights and figures into the package
 
-1,600 steps of Adam, of 32 of the 59,500 first training images each; the other 500 were watched and not trained on.
+700 steps of Adam, of 16 of the 59,500 first training images each; the other 500 were watched and not trained on. A longer
+training goes lower: 900 steps of 32 images with 32 channels, not yet at the end of their schedule, were at 3.25 bits there.
+
+Measured on the first 1,000 test images, with the weights rounded to float16: 3.263 bits per dim.
+
+Training took 120 s of one core (9 minutes of the clock, on a server that was busy with other work).
 
 Data: Fashion-MNIST, copyright (c) 2017 Zalando SE, MIT licence; Debian's package dataset-fashion-mnist puts the four idx
 files under /usr/share/datasets/fashion-mnist.
@@ -23,10 +28,10 @@ from mohs.models.generative import save_generative
 from mohs.models.pixelcnn import PixelCNN, bits_per_dim
 
 NAME = "fashion-pixelcnn"
-SUMMARY = "Gated PixelCNN of Fashion-MNIST, 5 logistics a pixel, 1,600 steps: the density behind PixelDefend."
+SUMMARY = "Gated PixelCNN of Fashion-MNIST, 5 logistics a pixel, 700 steps: the density behind PixelDefend."
 DATA = "idx:/usr/share/datasets/fashion-mnist"
-SETTINGS = {"width": 32, "mixtures": 5}
-STEPS, BATCH, HOLDOUT, RATE, RISE = 1600, 32, 500, 4e-3, 100
+SETTINGS = {"width": 24, "mixtures": 5}
+STEPS, BATCH, HOLDOUT, RATE, RISE = 700, 16, 500, 5e-3, 50
 
 
 def bits(net: PixelCNN, x: Tensor) -> float:

@@ -59,7 +59,8 @@ class DefenseGAN(Defense):
 
     found by descent from several random starts. The loop hides the gradient, and what the generator cannot make is taken away.
     Where the generator is poor, answers to clean inputs suffer; where it is rich, it can make adversarial inputs too
-    (``mohs.attacks.Latent`` looks for them). The identity going back breaks a part of it.
+    (``mohs.attacks.Latent`` looks for them). The identity going back breaks a part of it, and as the descent does not end
+    where the nearest image is, one that fools one draw of the starts need not fool the next.
 
     Args:
         steps: of the descent (the paper: 200).
