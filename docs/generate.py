@@ -97,6 +97,8 @@ A guide is a module with a model's answers and other gradients: `mohs.attack(att
 evaluation tries them by itself where gradients are missing, zero or misleading, and the record says which one it took.
 `mohs.gradients.reparameterize(model, decode)` gives the classifier as a function of a latent instead;
 `Affine` and `Flow` are such decoders, of rotated, moved, scaled and bent images.
+`mohs.gradients.fit(came, went, kind)` fits a stand-in to a layer's inputs and outputs, for `BPDA`, `Through` and `Past`; evaluations
+do that by themselves where the identity does not resemble the layer.
 """
 TRAINING = """# Training objectives
 

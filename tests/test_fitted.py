@@ -146,7 +146,7 @@ def swapped(x: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def data() -> mohs.data.Dataset:
-    return mohs.data.load("bundled:fashion-mnist", n=96)
+    return mohs.data.load("bundled:fashion-mnist", n=72)
 
 
 def net() -> nn.Module:

@@ -2,7 +2,7 @@
 
 from mohs.gradients.bpda import BPDA, Past, Through
 from mohs.gradients.estimated import FiniteDifference, Smooth, reparameterize
-from mohs.gradients.fitted import Fitted, fit
+from mohs.gradients.fitted import fit
 from mohs.gradients.functions import BeforeSoftmax, Straight
 from mohs.gradients.warp import Affine, Flow
 from mohs.guide import Guide
@@ -13,7 +13,6 @@ __all__ = [
     "BeforeSoftmax",
     "FiniteDifference",
     "Flow",
-    "Fitted",
     "Guide",
     "Past",
     "Smooth",

@@ -14,7 +14,7 @@ from mohs.errors import ModelError, UsageError
 
 KINDS = ("pointwise", "local", "linear", "hidden")
 """Kinds of stand-ins, the simplest first; the first two are for images."""
-RATE, EPOCHS, STEPS, BATCH = 1e-2, 5, 200, 16
+RATE, EPOCHS, STEPS, BATCH = 1e-2, 5, 120, 16
 """Adam's rate; epochs over the sample, and more of them where these are fewer steps than so many; rows of a step."""
 WIDTH = 32
 """Channels, or units, between the two layers."""
@@ -95,7 +95,7 @@ def fit(came: Tensor, went: Tensor, kind: str, seed: int = 0) -> Fitted:
         UsageError: an unknown kind.
         ModelError: the kind does not fit these shapes; nothing varies.
 
-    Cost: none of the model; 5 epochs over the sample (at least 200 steps on 16 rows) of a small net, or one linear system.
+    Cost: none of the model; 5 epochs over the sample (at least 120 steps on 16 rows) of a small net, or one linear system.
 
     >>> x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     >>> stand_in = fit(x, (4 * x[:, :1]).round() / 4, "pointwise")

@@ -170,8 +170,12 @@ def tactics(header: Header) -> str:
             f"The model's gradients were suspect. Of {len(header.tactics) - 1} other ways to get them, tried with a short attack, "
             f"none broke clearly more than the {first.broken} of {first.n} examples that they broke as they are."
         )
+    late = any(
+        step.note.startswith("added after the plan") and chosen.name in step.config for step in header.plan.steps
+    )
+    who = "The attacks that were added after the plan" if late else "All attacks"
     return (
-        f"The model's gradients were suspect, so other ways to get them were tried with a short attack. All attacks take them "
+        f"The model's gradients were suspect, so other ways to get them were tried with a short attack. {who} take them "
         f"{chosen.name}: that broke {chosen.broken} of {chosen.n} examples, the gradients as they are {first.broken}."
     )
 
