@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mohs.evaluation.checks._review import MOST, Review
+from mohs.evaluation.checks._review import LUCK, MOST, Review
 from mohs.evaluation.checks._seen import Seen, ok
 from mohs.records.stats import clopper_pearson
 from mohs.threat import Access
@@ -49,6 +49,8 @@ def transfer(review: Review) -> Seen:
     saw = f"points found on the model without {names} break {new} of the {len(rows)} survivors nearest to breaking"
     if not new:
         return ok(saw)
+    if review.lucky(new, len(rows)):
+        return Seen("info", saw, LUCK)
     return Seen(
         "warn", saw,
         "The undefended net gives better directions than the defended model itself: the defense hides gradients.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mohs.attacks import Square
 from mohs.attacks.run import refused_norm
 from mohs.evaluation._random_points import RandomPoints
-from mohs.evaluation.checks._review import Review
+from mohs.evaluation.checks._review import LUCK, Review
 from mohs.evaluation.checks._seen import Seen, ok
 from mohs.threat import Access
 
@@ -36,6 +36,8 @@ def masking(review: Review) -> Seen:
     saw = f"{what} ({new / n:.1%}, threshold {MASKED:.0%})"
     if not new:
         return ok(saw)
+    if review.lucky(new, n):
+        return Seen("info", saw, LUCK)
     if new < 2 or new <= MASKED * n:
         return Seen("info", saw, "A few are to be expected: each attack finds some that others miss.")
     return Seen(

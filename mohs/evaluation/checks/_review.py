@@ -24,6 +24,7 @@ SHARE = 0.01
 """Of the passes that the plan took, about so much goes into each look of these checks, beyond the fewest rows that say anything."""
 LEAST, MOST = 6, 32
 """Rows of such a look."""
+LUCK = "Of a random model that few may be luck: survivors are also those for whom a first success was not confirmed."
 
 
 class Review:
@@ -116,6 +117,11 @@ class Review:
             return "each look at this model has its price"
         return "" if self.attacks else "no attack ran"
 
+    def lucky(self, new: int, of: int) -> bool:
+        """May luck alone explain so many new breaks? Of a random model, an attack ends at the first point that wins, and where
+        that is not confirmed on fresh draws, the example counts as a survivor, though another point may well win."""
+        return self.threat.draws > 0 and (new < 3 or new <= 0.1 * of)
+
     @cached_property
     def strongest(self) -> tuple[int, Any] | None:
         """Of the attacks at a fixed radius, those with gradients first: the one that broke most of the control subset (the
@@ -161,7 +167,9 @@ class Review:
         for _ in job.run():
             pass
         self.passes += job.spent
-        return job.outcome()
+        found = job.outcome()
+        # of many looks at a random model some win by luck
+        return replace(found, success=run._confirmed(found, rows)) if model is run.model else found
 
 
 def _has_steps(attack: Any) -> bool:

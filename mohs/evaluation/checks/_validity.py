@@ -17,6 +17,8 @@ from mohs.regions import Lp
 
 AGAIN = 64
 """Stored points of each attack that are looked at again."""
+DRAWS = 5
+"""How many times as many draws as score a random model decide whether a point fools it again: few would often err near one half."""
 BACK = 0.05
 """Share of the examples of the accuracy curve that may be broken at one radius and not at a larger one."""
 
@@ -66,7 +68,7 @@ def rescored(review: Review) -> Seen:
         x = torch.from_numpy(points[order]).to(run.x)
         y = run.y[torch.from_numpy(ids[order]).to(run.y)]
         for part in torch.arange(len(x)).split(run.batch):
-            missed = ~wrong(run.model, x[part], y[part], run.batch, review.threat.draws, run.seed + 1)
+            missed = ~wrong(run.model, x[part], y[part], run.batch, DRAWS * review.threat.draws, run.seed + 1)
             right += ids[order][part.numpy()][missed.cpu().numpy()].tolist()
         looked += len(ids)
     if not looked:
