@@ -68,7 +68,9 @@ def rescored(review: Review) -> Seen:
         x = torch.from_numpy(points[order]).to(run.x)
         y = run.y[torch.from_numpy(ids[order]).to(run.y)]
         for part in torch.arange(len(x)).split(run.batch):
-            missed = ~wrong(run.model, x[part], y[part], run.batch, DRAWS * review.threat.draws, run.seed + 1)
+            missed = ~wrong(
+                run.model, x[part], y[part], run.batch, DRAWS * review.threat.draws, run.seed + 1, run.settings.reject
+            )
             right += ids[order][part.numpy()][missed.cpu().numpy()].tolist()
         looked += len(ids)
     if not looked:
@@ -105,7 +107,7 @@ def eight_bit(review: Review) -> Seen:
         x = ((x0 * 255).round() + change.sign() * (change.abs() + 1e-3).floor()) / 255
         y = run.y[torch.from_numpy(ids).to(run.y)]
         for part in torch.arange(len(x)).split(run.batch):
-            kept += int(wrong(run.model, x[part], y[part], run.batch, 0, run.seed).sum())
+            kept += int(wrong(run.model, x[part], y[part], run.batch, 0, run.seed, run.settings.reject).sum())
         looked += len(ids)
     if not looked:
         return Seen("info", "no adversarial point is stored")
