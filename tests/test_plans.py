@@ -52,7 +52,7 @@ class TestBuiltIn:
 
     def test_later_stages_of_the_others_never_take_more_of_the_survivors(self) -> None:
         for name in ("quick", "standard"):
-            shares = [step.share for step in load_plan(name).steps if "l0" not in step.only]
+            shares = [step.share for step in load_plan(name).steps if not {"l0", "patch"} & set(step.only)]
             assert shares == sorted(shares, reverse=True)
             assert shares[0] == 1
 
@@ -61,20 +61,21 @@ class TestBuiltIn:
         for name, limit in (("quick", 106), ("standard", 353), ("thorough", 10_600)):
             cost = 0.0
             for step in load_plan(name).steps:
-                if "l0" in step.only:
+                if {"l0", "patch"} & set(step.only):
                     continue
                 passes = 1 if step.name == "Square" else 2
                 cost += step.share * step.restarts * max(step.aims, 1) * (passes * step.build().steps + 1)
             assert cost < limit, name
 
-    @pytest.mark.parametrize("threat", ["linf:8/255", "l2:0.5", "l1:10", "l1.5:2", "l0:5", "l0-features:5"])
+    @pytest.mark.parametrize("threat", ["linf:8/255", "l2:0.5", "l1:10", "l1.5:2", "l0:5", "l0-features:5", "patch:5"])
     @pytest.mark.parametrize("name", ["quick", "standard", "thorough"])
     def test_every_region_is_served(self, name: str, threat: str) -> None:
         plan = load_plan(name)
         where = Threat.parse(threat)
         served = [step.name for step in plan.steps if step.build_for(where) is not None]
         assert ("SPGD" in served) == threat.startswith("l0")
-        assert ("APGD" in served) != threat.startswith("l0")
+        assert ("LaVAN" in served) == threat.startswith("patch")
+        assert ("APGD" in served) != threat.startswith(("l0", "patch"))
         assert plan.skipped(where) == [], "what is meant for another region is passed over without a word"
 
 

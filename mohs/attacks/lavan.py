@@ -56,7 +56,7 @@ class LaVAN:
 
     >>> import mohs, torch
     >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 2, bias=False))
-    >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0] * 9, [0.0] * 8 + [3.0]]))
+    >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0] * 9, [0.0] * 8 + [4.0]]))
     >>> out = mohs.attack(LaVAN(), net, torch.full((1, 1, 3, 3), 0.4), torch.tensor([0]), "patch:2")
     >>> out.success.tolist(), out.x[0, 0].ne(0.4).nonzero().tolist()
     ([True], [[1, 1], [1, 2], [2, 1], [2, 2]])
