@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from mohs.attacks import Job, Outcome
 from mohs.attacks._batches import fitting_batch
 from mohs.evaluation._inner import undefended
+from mohs.evaluation._quiet import untouched
 from mohs.models import BlackBox
+from mohs.problem import Goal
+from mohs.target import classify, rounding
 from mohs.threat import Access
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ SHARE = 0.01
 """Of the passes that the plan took, about so much goes into each look of these checks, beyond the fewest rows that say anything."""
 LEAST, MOST = 6, 32
 """Rows of such a look."""
+CONFIRM = 5
+"""How many times as many draws as score a random model confirm what is found on it: few would often err near one half."""
 LUCK = "Of a random model that few may be luck: survivors are also those for whom a first success was not confirmed."
 
 
@@ -168,8 +173,26 @@ class Review:
             pass
         self.passes += job.spent
         found = job.outcome()
-        # of many looks at a random model some win by luck
-        return replace(found, success=run._confirmed(found, rows)) if model is run.model else found
+        if self.threat.draws and model is run.model:  # of many looks at a random model some win by luck
+            won = found.success.nonzero().squeeze(1)
+            fooled = fools(model, found.x[won], run.y[rows][won], CONFIRM * self.threat.draws, run.seed)
+            found = replace(found, success=found.success.index_put((won,), fooled))
+        return found
+
+
+def fools(
+    model: nn.Module, x: Tensor, y: Tensor, draws: int, seed: int, reject: int | None, batch: int = 64
+) -> Tensor:
+    """Is each point answered wrongly and not rejected, [B], by most of the draws (one of a deterministic model)? A lead within rounding counts: it
+    may have been a little more in another batch."""
+    looks, wins = max(draws, 1), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    with untouched(model, seed), torch.no_grad():
+        for at in range(0, len(x), batch):
+            goal = Goal.leave(y[at : at + batch], reject=reject)
+            for _ in range(looks):
+                logits = classify(model, x[at : at + batch])
+                wins[at : at + batch] += goal.margin(logits) > -rounding(logits)
+    return wins * 2 > looks
 
 
 def _has_steps(attack: Any) -> bool:

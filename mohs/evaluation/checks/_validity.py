@@ -8,17 +8,14 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from mohs.evaluation.checks._review import Review
+from mohs.evaluation.checks._review import CONFIRM, Review, fools
 from mohs.evaluation.checks._seen import Seen, ok
-from mohs.evaluation.replay import wrong
 from mohs.records.schema import CurvePoint
 from mohs.records.stats import clopper_pearson
 from mohs.regions import Lp
 
 AGAIN = 64
 """Stored points of each attack that are looked at again."""
-DRAWS = 5
-"""How many times as many draws as score a random model decide whether a point fools it again: few would often err near one half."""
 BACK = 0.05
 """Share of the examples of the accuracy curve that may be broken at one radius and not at a larger one."""
 
@@ -67,11 +64,8 @@ def rescored(review: Review) -> Seen:
         order = np.argsort(-ids)  # other company in the batch than before
         x = torch.from_numpy(points[order]).to(run.x)
         y = run.y[torch.from_numpy(ids[order]).to(run.y)]
-        for part in torch.arange(len(x)).split(run.batch):
-            missed = ~wrong(
-                run.model, x[part], y[part], run.batch, DRAWS * review.threat.draws, run.seed + 1, run.settings.reject
-            )
-            right += ids[order][part.numpy()][missed.cpu().numpy()].tolist()
+        missed = ~fools(run.model, x, y, CONFIRM * review.threat.draws, run.seed + 1, run.settings.reject)
+        right += ids[order][missed.cpu().numpy()].tolist()
         looked += len(ids)
     if not looked:
         return Seen("info", "no adversarial point is stored")
@@ -106,8 +100,7 @@ def eight_bit(review: Review) -> Seen:
         change = (torch.from_numpy(points).to(run.x) - x0) * 255
         x = ((x0 * 255).round() + change.sign() * (change.abs() + 1e-3).floor()) / 255
         y = run.y[torch.from_numpy(ids).to(run.y)]
-        for part in torch.arange(len(x)).split(run.batch):
-            kept += int(wrong(run.model, x[part], y[part], run.batch, 0, run.seed, run.settings.reject).sum())
+        kept += int(fools(run.model, x, y, 0, run.seed, run.settings.reject).sum())
         looked += len(ids)
     if not looked:
         return Seen("info", "no adversarial point is stored")
