@@ -158,14 +158,14 @@ def test_what_it_finds_a_projection_leaves_as_it_is() -> None:
         net.bias.copy_(-0.5 * net.weight.sum(1))
         x = small(torch.randn(ROWS, LATENT, generator=draws))
         y = net(x).argmax(1)
-    defended = DefenseGAN(steps=100, starts=1, rate=200.0, seed=0, generator=small)(net.eval())
+    defended = DefenseGAN(steps=40, starts=1, rate=300.0, seed=0, generator=small)(net.eval())
     with torch.no_grad():
         assert torch.equal(defended(x).argmax(1), y)
         away = x + 0.5 * torch.nn.functional.normalize(
             torch.randn(x.shape, generator=draws) @ normal(small.plane), dim=1
         )
         assert torch.allclose(defended(away.clamp(0, 1)), defended(x), atol=0.3)  # off the plane nothing is gained
-    out = mohs.attack(Latent(small, steps=150), defended, x, y, "l2:inf", guide=net)
+    out = mohs.attack(Latent(small, steps=100, begin=60), defended, x, y, "l2:inf", guide=net)
     lead = (net(x)[:, 0] - net(x)[:, 1]).abs()
     distance = lead / ((net.weight[0] - net.weight[1]) @ small.plane.columns).norm()
     assert bool(out.success.all())

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
 
 from mohs.errors import ModelError
@@ -40,7 +41,8 @@ def load_generative(name: str, *, folder: Path | None = None) -> nn.Module:
             f"{name}: {path} has SHA-256 {digest} and architecture {info['arch']!r}; its description says {info['sha256']}, "
             f"and known are {', '.join(KINDS)}. The files were changed; install Mohs again."
         )
-    net = KINDS[info["arch"]](**info.get("settings", {}))
+    with torch.random.fork_rng(devices=[]):  # the first weights are drawn, and this may happen within a run
+        net = KINDS[info["arch"]](**info.get("settings", {}))
     fit(net, read_weights(path), name)
     return net.eval().requires_grad_(False)
 
