@@ -175,16 +175,16 @@ class Review:
         found = job.outcome()
         if self.threat.draws and model is run.model:  # of many looks at a random model some win by luck
             won = found.success.nonzero().squeeze(1)
-            fooled = fools(model, found.x[won], run.y[rows][won], CONFIRM * self.threat.draws, run.seed)
+            fooled = fools(
+                model, found.x[won], run.y[rows][won], CONFIRM * self.threat.draws, run.seed, run.settings.reject
+            )
             found = replace(found, success=found.success.index_put((won,), fooled))
         return found
 
 
-def fools(
-    model: nn.Module, x: Tensor, y: Tensor, draws: int, seed: int, reject: int | None, batch: int = 64
-) -> Tensor:
-    """Is each point answered wrongly and not rejected, [B], by most of the draws (one of a deterministic model)? A lead within rounding counts: it
-    may have been a little more in another batch."""
+def fools(model: nn.Module, x: Tensor, y: Tensor, draws: int, seed: int, reject: int | None, batch: int = 64) -> Tensor:
+    """Is each point answered wrongly and not rejected, [B], by most of the draws (one of a deterministic model)? A lead within
+    rounding counts: it may have been a little more in another batch."""
     looks, wins = max(draws, 1), torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with untouched(model, seed), torch.no_grad():
         for at in range(0, len(x), batch):
