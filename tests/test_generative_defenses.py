@@ -53,8 +53,9 @@ class TestPixelCNN:
         total = density().conditionals(described).exp().sum(-1)
         assert torch.allclose(total, torch.ones_like(total), atol=1e-9)
 
-    def test_the_mass_of_one_logistic(self) -> None:
-        centre, scale = 0.2, 0.05
+    @pytest.mark.parametrize("centre", [-1.02, 0.2, 1.02])
+    def test_the_mass_of_one_logistic(self, centre: float) -> None:
+        scale = 0.05
         described = torch.tensor([0.0, centre, math.log(scale)], dtype=torch.float64)
         levels = torch.tensor([0.0, 140.0, 160.0, 255.0], dtype=torch.float64)
 
