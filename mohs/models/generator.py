@@ -15,6 +15,7 @@ class Generator(nn.Module):
         latent: numbers in a latent.
         first, second: widths of the hidden layers.
 
+    >>> import torch
     >>> Generator(latent=8, first=16, second=16)(torch.zeros(2, 8)).shape
     torch.Size([2, 1, 28, 28])
 
