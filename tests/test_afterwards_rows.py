@@ -83,7 +83,7 @@ def test_good_and_turing_count_what_one_attack_alone_found() -> None:
     tried = SimpleNamespace(success=torch.zeros(6, dtype=torch.bool))
     seen = _convergence.restarts(
         review(
-            wins, PLAN, strongest=(0, APGD(steps=10)), near=lambda n: torch.arange(6), afford=lambda *a, **k: 6,
+            wins, PLAN, strongest=(0, APGD(steps=10)), manner={"restarts": 1, "aims": 0}, near=lambda n: torch.arange(6), afford=lambda *a, **k: 6,
             tried=lambda *a, **k: tried,
         )
     )  # fmt: skip
@@ -130,8 +130,10 @@ def test_points_that_do_not_fool_again_are_seen(monkeypatch: pytest.MonkeyPatch)
     assert _validity.rescored(made).severity == "ok"
     made.run.y[3] = right[3]
     seen = _validity.rescored(made)
-    assert seen.severity == "block"
+    assert seen.severity == "warn"
     assert "9 are answered wrongly" in seen.saw
+    made.run.y[4:6] = right[4:6]
+    assert _validity.rescored(made).severity == "block", "three are no accident"
 
 
 def test_changes_finer_than_grey_levels_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +192,7 @@ def curve(survived: list[int], lost: list[int]) -> list[CurvePoint]:
         ([95, 80, 60, 40, 20], [0] * 5, "ok"),
         ([95, 80, 60, 40, 20], [0, 0, 1, 2, 1], "ok"),
         ([95, 80, 60, 40, 20], [0, 0, 3, 8, 1], "warn"),
-        ([95, 80, 80, 80, 80], [0] * 5, "warn"),
+        ([95, 80, 80, 80, 80], [0] * 5, "info"),
         ([95, 0, 0, 0, 0], [0] * 5, "ok"),
         ([95], [0], "info"),
     ],

@@ -238,6 +238,8 @@ def run(
 
     parsed, chosen = _threat(threat, access, queries), load_plan(plan)  # refused before anything is loaded or written
     stated = Claim.parse(claim) if claim is not None else None
+    if seal is not None and n is not None:
+        raise UsageError("--seal says which examples are evaluated, so --n has no place beside it. Leave --n out.")
     proofs, sealed = [_certificate(name) for name in certify or []], None if seal is None else Seal.read(seal)
     served.refuse(model, access, answers)
     served.refuse_idle(model, chosen, parsed)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mohs import records
-from mohs.attacks import APGD, FGSM, PGD, SPGD, Square
+from mohs.attacks import APGD, FGSM, PGD, SPGD, LaVAN, Square
 from mohs.attacks.run import refused_norm
+from mohs.errors import RecordError
 from mohs.evaluation import tactics
+from mohs.evaluation._header import aims
 from mohs.evaluation._inner import FAILURES
 from mohs.evaluation._random_points import RandomPoints
 from mohs.evaluation._student import student
@@ -21,7 +23,7 @@ from mohs.evaluation.checks._seen import Seen
 from mohs.evaluation.checks._validity import radii
 from mohs.evaluation.plans import PlanStep
 from mohs.objectives import margin
-from mohs.regions import L0
+from mohs.regions import L0, Patch
 from mohs.threat import Access
 
 if TYPE_CHECKING:
@@ -64,7 +66,12 @@ def review(run: Evaluation) -> list[Finding]:
             done.update({id_: [f"Done: see '{AFTERWARDS[loud[0]][0]}'."] for id_ in loud[1:]})
             for id_ in loud:
                 again = _looked(AFTERWARDS[id_][1], Review(run, len(run.steps)))
-                calmer = "warn" if seen[id_].severity == "block" and again.severity != "block" else seen[id_].severity
+                untested = again.saw.startswith("not tested")
+                calmer = (
+                    "warn"
+                    if seen[id_].severity == "block" and again.severity != "block" and not untested
+                    else seen[id_].severity
+                )
                 seen[id_] = replace(seen[id_], severity=calmer, saw=f"{_first(seen[id_])}. Afterwards: {again.saw}")
         for id_ in NOT_ENOUGH if loud else ():
             _again(run, id_, seen, planned)
@@ -80,6 +87,8 @@ def of_curve(curve: list[records.CurvePoint]) -> Finding:
 def _looked(function: Callable[[Review], Seen], looked: Review) -> Seen:
     try:
         return function(looked)
+    except RecordError:
+        raise
     except FAILURES as error:  # not every model can be taken apart, and a run of hours must not end in a check
         return Seen("info", f"not tested: {str(error).split('. ')[0]}")
 
@@ -91,7 +100,9 @@ def _again(run: Evaluation, id_: str, seen: dict[str, Seen], planned: int) -> No
         return
     after = _looked(AFTERWARDS[id_][1], Review(run, len(run.steps)))
     saw = f"{_first(before)}. Afterwards: {after.saw}"
-    if after.severity in ("warn", "block"):
+    if after.saw.startswith("not tested"):
+        seen[id_] = replace(before, saw=saw)
+    elif after.severity in ("warn", "block"):
         seen[id_] = replace(after, saw=saw)
     else:
         seen[id_] = Seen(
@@ -119,9 +130,11 @@ class _Ladder:
     def more(self, what: str, times: int) -> str:
         """More steps, or more restarts, of the strongest attack."""
         assert self.looked.strongest is not None
+        index, attack = self.looked.strongest
+        like = self.run.steps[index][0]
         if what == "optimisation":
-            return self._rung(self.looked.longer(2**times), what, share=SHARE)
-        return self._rung(self.looked.strongest[1], what, share=SHARE, restarts=5**times)
+            return self._rung(self.looked.longer(2**times), what, share=SHARE, restarts=like.restarts, like=like)
+        return self._rung(attack, what, share=SHARE, restarts=like.restarts * 5**times, like=like)
 
     def suspicion(self, loud: list[str]) -> list[str]:
         """Other gradients, then none, then those of other nets."""
@@ -161,31 +174,35 @@ class _Ladder:
         try:
             inner = looked.inner if white else None
             guide, name = inner or (
-                student(run.model, run.x, run.threat, run.seed, run.batch),
+                student(run.model, run.x[: run.seen.stop], run.threat, run.seed, run.batch),
                 "a student of the model",
             )
         except FAILURES as error:
             return f"Not tried: transfer ({str(error).split('. ')[0]})."
         name = name if inner is None else f"the model without {name}"
-        attack = _sound(run) if white else PGD(steps=50, objective=margin)  # others ask for logits
+        patch = isinstance(run.threat.region, Patch)
+        attack = _sound(run) if white or patch else PGD(steps=50, objective=margin)  # others ask for logits
         return self._rung(attack, reason, share=SHARE, guide=guide, note=f", gradients of {name}")
 
     def _left(self) -> int:
         return int(Review(self.run, len(self.run.steps)).alive.sum())
 
     def _rung(
-        self, attack: Any, reason: str, share: float = 1.0, restarts: int = 1, guide: nn.Module | None = None, note: str = ""
+        self, attack: Any, reason: str, share: float = 1.0, restarts: int = 1, guide: nn.Module | None = None, note: str = "",
+        like: PlanStep | None = None,
     ) -> str:  # fmt: skip
-        """One further attack on the survivors; answers what it broke."""
+        """One further attack on the survivors, with aims and start like those of a step; answers what it broke."""
         run, before = self.run, self._left()
         if not before:
             return ""
         step = _step(attack, restarts, share, f"added after the plan because of: {reason}")
+        if like is not None:
+            step = replace(step, aims=like.aims, rank=like.rank, start=like.start)
         run.steps.append((step, attack))
         self.added.append(
             records.Step(
-                name=step.name, config=repr(attack) + note, restarts=restarts, rank=step.rank, start=step.start, share=share,
-                note=step.note,
+                name=step.name, config=repr(attack) + note, restarts=restarts, targets=aims(step, run.classes) or None,
+                rank=step.rank, start=step.start, share=share, note=step.note,
             )
         )  # fmt: skip
         run.run.update(plan=self.base.model_copy(update={"steps": [*self.base.steps, *self.added]}))
@@ -194,6 +211,8 @@ class _Ladder:
         stopped = ""
         try:
             run.attack(len(run.steps) - 1, step, attack, run.seen)
+        except RecordError:
+            raise
         except FAILURES as error:  # what the plan found stands without it
             stopped = f" It then stopped: {str(error).split('. ')[0]}."
         finally:
@@ -203,6 +222,8 @@ class _Ladder:
 
 def _sound(run: Evaluation) -> Any:
     """An attack whose steps set themselves, for the region at hand."""
+    if isinstance(run.threat.region, Patch):
+        return LaVAN(steps=50)
     return SPGD(steps=50) if isinstance(run.threat.region, L0) else APGD(steps=50)
 
 

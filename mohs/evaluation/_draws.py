@@ -19,6 +19,8 @@ ALIGNED = 0.8
 """Cosine to the gradient of the expectation that an average ought to have: with it, a step gains four fifths of the best one."""
 LEAST, MOST = 2, 40
 """Fewer than two would be no average; beyond forty, twice as many steps gain more than twice as many draws."""
+LARGEST = 2_000_000
+"""Input values whose gradients are kept at once: fewer examples of large inputs are looked at."""
 USUAL = 10
 """Where nothing can be measured."""
 
@@ -70,7 +72,8 @@ def _slopes(probe: Probe, model: nn.Module) -> Tensor:
     """Gradients of the margin to the labels, [n, D]: not to the model's own answers, which change from draw to draw."""
     goal = Goal.leave(probe.y, reject=probe.reject)
     found = []
-    for at in range(0, len(probe.x), probe.batch or len(probe.x)):
+    count = max(4, min(len(probe.x), LARGEST // probe.x[0].numel()))
+    for at in range(0, count, probe.batch or len(probe.x)):
         rows = torch.arange(at, at + (probe.batch or len(probe.x)), device=probe.x.device).clamp_max(len(probe.x) - 1)
         x = probe.x[rows].detach().requires_grad_(True)
         with torch.enable_grad():
@@ -78,4 +81,4 @@ def _slopes(probe: Probe, model: nn.Module) -> Tensor:
         _, cotangent = margin(logits.detach(), goal.take(rows))
         (slope,) = torch.autograd.grad(logits, x, cotangent)
         found.append(slope.flatten(1)[: len(probe.x) - at])
-    return torch.cat(found)
+    return torch.cat(found)[:count]

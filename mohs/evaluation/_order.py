@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -17,8 +18,13 @@ near, or all are. Where it breaks fewer there, those behind, who were farther aw
 
 
 def shuffled(data: Dataset, seed: int) -> list[int]:
-    """The positions of all examples in an order that is random, but fixed by content and seed."""
-    return sorted(range(len(data)), key=lambda i: (streams.text_key(f"{seed} order {data.ids[i]}"), i))
+    """The positions of all examples in an order that is random, but fixed by contents and seed."""
+    times: Counter[str] = Counter()
+    keys = []
+    for id_ in data.ids:  # equal examples must not stand together
+        keys.append(streams.text_key(f"{seed} order {id_} {times[id_]}"))
+        times[id_] += 1
+    return sorted(range(len(data)), key=lambda i: (keys[i], i))
 
 
 def portions(record: records.Record, index: int, share: float, block: range) -> list[tuple[np.ndarray, np.ndarray]]:

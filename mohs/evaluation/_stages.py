@@ -35,6 +35,8 @@ CONTROL = 100
 """Size of the control subset: every attack runs on all of it, so that their strengths can be compared."""
 CONFIRM = 5
 """How many times as many draws confirm a break of a random model as chose it."""
+REJECTED = "Survived includes inputs that were right and are rejected once changed."
+"""What a verdict on a model that rejects has to say."""
 Notify = Callable[[str, int, int, int], None]
 """Called with (stage, examples done, of how many, of these broken)."""
 
@@ -105,7 +107,7 @@ class Evaluation:
                 eps = self.x.new_full((1,), self.threat.region.eps)
                 self.threat.region.extreme(torch.ones_like(self.x[:1]), self.x[:1], eps, self.threat.box)
             for step, attack in self.steps:
-                self.job(attack, torch.zeros(1, dtype=torch.int64, device=self.x.device), **self._settings(step))
+                self.job(attack, torch.zeros(1, dtype=torch.int64, device=self.x.device), **self.settings_of(step))
             for certificate in self.certificates:
                 self._proof(certificate, slice(0, 1))
         self.notify("checks", 1, 1, 0)
@@ -141,7 +143,7 @@ class Evaluation:
             findings = findings + _adaptive.exam_of_plan(self) + self._changed()
         record = run.record()
         run.finish(
-            limits=list(dict.fromkeys([*self.plan.skipped(self.threat), *run.header.limits, *self._unseen(record)])),
+            limits=list(dict.fromkeys([*self.plan.skipped(self.threat), *run.header.limits, *self._notes(record, findings)])),
             checks=findings,
             attacks=_header.attacks(record, self.steps, run.ledger.seconds()),
             certificates=_header.certificates(record), verdict=self._verdict(record, findings),
@@ -158,35 +160,57 @@ class Evaluation:
     def _verdict(self, record: records.Record, findings: Sequence[records.Finding]) -> records.Verdict | None:
         if self.claim is None or len(record.contradicted):
             return None
-        return claims.of_record(
+        given = claims.of_record(
             self.claim, record, blocked=[f.name for f in findings if f.severity == "block"],
             untried=() if self.steps else self.plan.skipped(self.threat),
             stopped=self.settings.until == "decided", total=len(self.data),
         )  # fmt: skip
+        if self.settings.reject is None:
+            return given
+        return given.model_copy(update={"sentence": f"{given.sentence} {REJECTED}"})
 
     def _blocks(self) -> list[range]:
         """The examples in the portions in which they go through the whole plan."""
         n = len(self.x)
         if self.settings.until == "end":
             return [range(n)]
-        ends = [min(self.batch << i, n) for i in range(n.bit_length()) if i == 0 or self.batch << (i - 1) < n]
+        ends = [min(self.batch, n)]
+        while ends[-1] < n:
+            ends.append(min(2 * ends[-1], n))
         return [range(start, end) for start, end in zip([0, *ends], ends)]
 
     def _decided(self, block: range) -> bool:
-        """Is the claim decided by the examples up to the end of the block? Not if an earlier sitting went on after it."""
-        record = self.run.record()
-        if self.settings.until == "end" or record.n > block.stop:
-            return False
-        verdict = self._verdict(record, ())
-        return verdict is not None and verdict.word != "undecided"
+        """Is the claim decided by what the plan found in the examples up to the end of the block?
 
-    def _unseen(self, record: records.Record) -> list[str]:
-        if record.n == len(self.data) or self.settings.until == "end":
-            return []
-        return [
-            f"The run ended after {record.n:,} of {len(self.data):,} examples, in an order fixed beforehand, as the claim was "
-            "decided; the bounds of the verdict allow for looking after each block."
-        ]
+        Written down at once: further attacks follow the plan, and what they find must not open another block later.
+        """
+        if self.settings.until == "end":
+            return False
+        header = self.run.header
+        if header.ended_at is None and len(self.run.ledger.examples()) == block.stop:
+            verdict = self._verdict(self.run.record(), ())
+            if verdict is not None and verdict.word != "undecided":
+                self.run.update(ended_at=block.stop)
+                return True
+        return header.ended_at == block.stop
+
+    def _notes(self, record: records.Record, findings: Sequence[records.Finding]) -> list[str]:
+        """What this run in particular does not say."""
+        notes = []
+        if record.n < len(self.data):
+            blocked = any(f.severity == "block" for f in findings)
+            why = "as a check blocks" if blocked else "as the attacks of the plan had decided the claim"
+            notes.append(
+                f"The run ended after {record.n:,} of {len(self.data):,} examples, in an order fixed beforehand, {why}; bounds allow "
+                "for looking after each block. What ran after the plan ran on these examples alone."
+            )
+        if self.settings.reject is not None:
+            turned = int((record.examples.clean_label == self.settings.reject).sum())
+            notes.append(
+                f"The model may reject an input. {turned:,} of {record.n:,} unchanged inputs are rejected and count as wrong; an input "
+                "that is right and is rejected once it was changed counts as survived."
+            )
+        return notes
 
     def _changed(self) -> list[records.Finding]:
         """Are weights and buffers other ones than before the first look? In training mode that is another finding."""
@@ -229,7 +253,7 @@ class Evaluation:
 
                 def make(todo: Tensor, batch: int = batch, later: bool = later) -> Job:
                     start = self._start(step, todo, alive, later)
-                    return self.job(attack, todo, **self._settings(step), start=start, batch=batch)
+                    return self.job(attack, todo, **self.settings_of(step), start=start, batch=batch)
 
                 self._run(index, f"{name}, from {block.start}, portion {number + 1}", name, todo, portion, make, alive)
             found = self.run.ledger.results(index)
@@ -330,7 +354,8 @@ class Evaluation:
 
     # ---- small helpers ----------------------------------------------------------------------------------
 
-    def _settings(self, step: PlanStep) -> dict[str, Any]:
+    def settings_of(self, step: PlanStep) -> dict[str, Any]:
+        """What a job is told of a step of the plan."""
         rank = by_distance if step.rank == "distance" else by_logit
         return {"restarts": step.restarts, "aims": _header.aims(step, self.classes), "rank": rank}
 

@@ -163,12 +163,17 @@ def decided(
     return judge(claim, counts).word != "undecided"
 
 
-def require(claim: Claim, certificates: Sequence[Any]) -> None:
-    """Refuse a claim for which an evaluation finds no evidence, before it begins.
+def require(claim: Claim, certificates: Sequence[Any], *, rejects: bool = False) -> None:
+    """Refuse a claim for which an evaluation finds no evidence, before it begins; ``rejects``: of a model that may reject.
 
     Raises:
         ClaimError: what it needs, and what to do instead.
     """
+    if isinstance(claim, Stability) and rejects:
+        raise ClaimError(
+            f"The claim '{claim}' says that answers stay the same, and this model may reject an input instead, which is no success "
+            "for an attack. Claim accuracy."
+        )
     if isinstance(claim, Certified) and not certificates:
         raise ClaimError(
             f"The claim '{claim}' needs a certificate, and none was asked for. Give certificates=[mohs.certificates.CROWN()] "

@@ -72,7 +72,8 @@ def evaluate(
         exam: on so many examples, whether the plan finds an adversarial point that was hidden there (``mohs.exam``); where it
             misses more than a twentieth, an upheld claim deserves no trust. 0: no exam.
         until: "decided" takes the examples in a random order that ``seed`` fixes beforehand, in growing blocks, and ends after
-            the first block at which the claim is refuted, certified or upheld; the bounds allow for having looked.
+            the first block at which the claim is refuted, certified or upheld; the bounds allow for having looked. What a check
+            asks for after the plan runs on these examples alone, and may leave the claim undecided.
         reject: index of the logit by which the model rejects an input: to be rejected is no success for an attack, and no right
             answer either. None: what its defenses declare.
         seal: examples chosen beforehand (``Seal``): evaluate these alone, and write the look down beside ``out``.
@@ -120,7 +121,7 @@ def evaluate(
     data = dataset(data)
     if seal is not None:
         data = data.take(indices=seal.opened())
-    elif until == "decided":
+    if until == "decided":
         data = data.take(indices=shuffled(data, seed))
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), data.x.device)
     x, y = ((t.clone() if t.is_inference() else t).to(device) for t in data)
@@ -136,6 +137,8 @@ def evaluate(
     settings = Settings(seed, batch, CONTROL if control is None else control, adaptive, exam, until, reject)
     with untouched(model, seed):  # so that a model that changes while it is looked at is given back as it was
         run = Evaluation(model, data, x, y, threat, plan, claim, list(certificates), settings, notify)
+        if claim is not None:
+            claims.require(claim, certificates, rejects=run.settings.reject is not None)
         looked = None if seal is None or out is None else seal.look(out, run.identity(out), command or "mohs.evaluate")
         _adaptive.look(run, stated_accuracy)
         header = run.header(stated_accuracy, subject or type(model).__name__, command, looked)

@@ -211,6 +211,9 @@ class Header(_Part):
     until: Literal["end", "decided"] = Field(
         default="end", description="decided: it may end before all examples were seen"
     )
+    ended_at: int | None = Field(
+        default=None, description="examples after which the plan had decided the claim; None: it had not"
+    )
     sealed: Sealed | None = None
     verdict: Verdict | None = None
     environment: Environment = Field(default_factory=Environment)

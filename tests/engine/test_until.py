@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,12 @@ import mohs
 from mohs import records
 from mohs.data import Dataset
 from mohs.defenses import RejectDisagreement
-from mohs.errors import DataError, ThreatError, UsageError
-from mohs.evaluation import Seal, replay
+from mohs.errors import ClaimError, DataError, ThreatError, UsageError
+from mohs.evaluation import Plan, PlanStep, Seal, _stages, replay
 from mohs.evaluation._order import shuffled
+from mohs.evaluation._stages import Evaluation, Settings
+from mohs.evaluation.seal import seal
+from mohs.threat import Threat
 
 BATCH, TOTAL = 16, 160
 THREAT = "linf:0.05"
@@ -95,6 +99,39 @@ class TestUntilDecided:
         # what was not seen may all be robust
         assert record.verdict.upper * TOTAL >= int(record.survived.sum())
 
+    @pytest.mark.parametrize(("batch", "n"), [(1, 5), (1, 8), (3, 10), (16, 16), (16, 17), (16, 160)])
+    def test_blocks_cover_every_example_once(self, batch: int, n: int) -> None:
+        settings = Settings(0, batch, 0, until="decided")
+        run = Evaluation(conv(), data(n), *data(n), Threat.parse(THREAT), short_plan(), None, [], settings, None)
+        assert [i for block in run._blocks() for i in block] == list(range(n))
+
+    def test_what_follows_the_plan_opens_no_further_block(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # a plan so weak that the checks after it find more, killed there: the second sitting ends where the first did
+        weak = Plan("weak", (PlanStep.make("PGD", {"steps": 2, "step_size": 0.005}),))
+        given = {"plan": weak, "control": 8, "adaptive": "declared"}
+        claim = "accuracy >= 0.35"
+        whole = judged(claim, tmp_path / "a", **given)
+        assert len(whole.header.plan.steps) > 1, "else nothing followed the plan"
+        assert whole.header.ended_at == whole.n < TOTAL
+
+        def die(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_stages, "loss_curves", die)
+            with pytest.raises(KeyboardInterrupt):
+                judged(claim, tmp_path / "b", **given)
+        again = judged(claim, tmp_path / "b", **given)
+        assert (again.n, again.verdict, again.digest()) == (whole.n, whole.verdict, whole.digest())
+
+    def test_equal_examples_do_not_stand_together(self) -> None:
+        doubled = data(30).take(indices=[i % 10 for i in range(30)])
+        order = [doubled.ids[i] for i in shuffled(doubled, 0)]
+        assert sorted(order) == sorted(doubled.ids)
+        assert sum(a == b for a, b in itertools.pairwise(order)) < 10
+
     def test_without_a_claim_there_is_nothing_to_decide(self) -> None:
         with pytest.raises(UsageError, match="needs a claim"):
             mohs.evaluate(conv(), data(), THREAT, until="decided")
@@ -142,6 +179,14 @@ class TestSealed:
             Seal.of(4, 2).write(path)
         with pytest.raises(DataError, match="1 to 4"):
             Seal.of(4, 5)
+
+    def test_to_end_early_they_are_shuffled(self, tmp_path: Path) -> None:
+        # whoever sealed them chose their order; the bounds need one that nobody chose
+        by_class = sorted(range(TOTAL), key=lambda i: int(data().y[i]))
+        sealed = Seal(seal(by_class, "a salt that is long enough"), tuple(by_class), "a salt that is long enough")
+        record = judged("accuracy >= 0.95", tmp_path / "a", seal=sealed)
+        assert record.n < TOTAL
+        assert len(set(record.examples.label.tolist())) > 3
 
 
 class Wary(nn.Module):
@@ -192,6 +237,23 @@ class TestRejection:
     def test_which_logit(self, index: int, said: str) -> None:
         with pytest.raises(UsageError, match=said):
             mohs.evaluate(Wary(0.5).eval(), data(8), THREAT, reject=index)
+
+    def test_what_counts_as_survived_is_said(self) -> None:
+        record = mohs.evaluate(
+            Wary(0.5).eval(),
+            data(24),
+            THREAT,
+            reject=-1,
+            plan=short_plan(2, 1),
+            batch=BATCH,
+            control=0,
+            claim="accuracy >= 0.1",
+        )
+        assert record.verdict is not None
+        assert "rejected once changed" in record.verdict.sentence
+        assert any("unchanged inputs are rejected" in line for line in record.header.limits)
+        with pytest.raises(ClaimError, match="may reject"):
+            mohs.evaluate(Wary(0.5).eval(), data(8), THREAT, reject=-1, claim="stability >= 0.5")
 
     def test_the_exam_cannot_hide_anything_in_it(self) -> None:
         with pytest.raises(ThreatError, match="Leave the exam out"):

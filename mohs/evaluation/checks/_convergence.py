@@ -26,9 +26,9 @@ def optimisation(review: Review) -> Seen:
     """Do twice the steps change anything for the survivors nearest to breaking? At most a hundredth of the plan's passes, or 6 rows."""
     if reason := _not_now(review):
         return Seen("info", f"not tested: {reason}")
-    attack = review.longer()
-    rows = review.near(review.afford(2 * attack.steps, most=16))
-    found = review.tried(attack, rows)
+    attack, manner = review.longer(), review.manner
+    rows = review.near(review.afford(2 * attack.steps * manner["restarts"] * max(manner["aims"], 1), most=16))
+    found = review.tried(attack, rows, **manner)
     new = int(found.success.sum())
     before = torch.from_numpy(review.best[rows.cpu().numpy()])
     start = -torch.from_numpy(review.record.examples.clean_margin[rows.cpu().numpy()])
@@ -55,9 +55,11 @@ def restarts(review: Review) -> Seen:
         return Seen("info", f"not tested: {reason}")
     assert review.strongest is not None
     attack = review.strongest[1]
-    rows = review.near(review.afford(2 * TRIES * attack.steps, most=16))
-    random = getattr(attack, "random", True)
-    new = int(review.tried(attack, rows, other=1, restarts=TRIES).success.sum()) if random else 0
+    if not getattr(attack, "random", True):
+        return Seen("info", f"not tested: {type(attack).__name__} draws nothing, so a restart would repeat it")
+    manner = review.manner
+    rows = review.near(review.afford(2 * TRIES * attack.steps * max(manner["aims"], 1), most=16))
+    new = int(review.tried(attack, rows, other=1, **manner | {"restarts": TRIES}).success.sum())
     saw = (
         f"{TRIES} more restarts of {type(attack).__name__} break {new} of the {len(rows)} survivors nearest to breaking"
     )
@@ -143,6 +145,7 @@ def _far(review: Review, rows: Tensor) -> tuple[Tensor, Tensor]:
     kept, radii = [], []
     for row in rows.tolist():
         wrong = others[(answers[others] != run.y[row]) & (answers[others] >= 0)]
+        wrong = wrong[answers[wrong] < run.classes]  # to be rejected is no wrong answer
         if len(wrong):
             size = region.measure(run.x[wrong], run.x[row : row + 1].expand_as(run.x[wrong]))
             kept.append(row)

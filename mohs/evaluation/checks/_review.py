@@ -141,6 +141,12 @@ class Review:
         index = max(able, key=power)
         return index, self.steps[index][1]
 
+    @property
+    def manner(self) -> dict[str, Any]:
+        """Restarts, aims and their order, as the strongest attack had them in the plan."""
+        assert self.strongest is not None
+        return self.run.settings_of(self.steps[self.strongest[0]][0])
+
     def longer(self, times: int = 2) -> Any:
         """The strongest attack with so many times the steps."""
         assert self.strongest is not None
@@ -151,7 +157,7 @@ class Review:
     def inner(self) -> tuple[nn.Module, str] | None:
         """The model without its defense, and what was left out; None where there is none to be told apart."""
         rows = self.near(MOST, self.record.correct)
-        if not len(rows):
+        if not len(rows) or self.run.settings.reject is not None:  # what is inside has no logit to reject by
             return None
         return undefended(
             self.run.model, self.run.x[rows], self.run.y[rows], believe=self.run.settings.adaptive != "blind"

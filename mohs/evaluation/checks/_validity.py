@@ -37,7 +37,8 @@ def feasible(review: Review) -> Seen:
             slack = slack * x0[0].numel() ** (1 / region.p)
         flat = x.flatten(1)
         fine = (size <= eps * (1 + 1e-5) + slack) & flat.isfinite().all(1)
-        fine &= (flat.amin(1) >= threat.box[0]) & (flat.amax(1) <= threat.box[1])
+        low, high = (float(np.asarray(bound, points.dtype)) for bound in threat.box)  # as its points can hold them
+        fine &= (flat.amin(1) >= low) & (flat.amax(1) <= high)
         looked, largest = looked + len(ids), max(largest, float(size.max()))
         outside += ids[~fine.numpy()].tolist()
     if not looked:
@@ -74,7 +75,7 @@ def rescored(review: Review) -> Seen:
     if len(right) <= (0.1 * looked if random else 0):
         return ok(saw)
     return Seen(
-        "warn" if random or len(right) <= 0.01 * looked else "block", saw,
+        "warn" if random or len(right) <= max(0.01 * looked, 2) else "block", saw,
         "The answer to a point depends on more than the point: on chance, on the batch, or on what the model was asked before.",
         "Look for randomness that the checks before the run did not see, and for buffers that change in forward(); for a random "
         "model raise Threat(draws=...).",
@@ -166,9 +167,9 @@ def radii(curve: list[CurvePoint]) -> Seen:
         )  # fmt: skip
     if flat and points[-1].eps >= 4 * points[0].eps:
         return Seen(
-            "warn", f"{saw}; accuracy is the same at all of them ({points[0].survived} of {n})",
-            "A radius several times as large should break more. Where it does not, the attack does not use it.",
-            "Look at the gradients, and at the size of the attack's steps.",
+            "info", f"{saw}; accuracy is the same at all of them ({points[0].survived} of {n})",
+            "A radius several times as large breaks no more: the model is robust there, or the attack does not use what it may.",
+            "Evaluate at a larger radius too.",
         )  # fmt: skip
     return ok(saw)
 
