@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import ClassVar
 
 import torch
@@ -14,7 +17,8 @@ class Guide(nn.Module):
     """A classifier with the answers of ``model`` and other gradients.
 
     Because the answers are the model's own, what an attack finds with it needs no second look. A stand-in that answers
-    otherwise (a surrogate, a student) is a plain module: there, the model is asked about every candidate.
+    otherwise (a surrogate, a student) is a plain module: there, the model is asked about every candidate, as it is where a
+    defense inside looks at gradients by itself.
 
     Subclasses give ``forward``; ``forwards`` and ``backwards`` say how many passes through the model one look with gradients
     and one ``pull`` cost, ``needs`` what the threat must grant for it.
@@ -30,16 +34,45 @@ class Guide(nn.Module):
         self.training = model.training  # not train(): that would set the modes of the layers inside
 
 
+def wraps(guide: nn.Module, model: nn.Module) -> bool:
+    """Is ``guide`` the ``model`` itself, or guides around it?"""
+    while guide is not model and isinstance(guide, Guide):
+        guide = guide.model
+    return guide is model
+
+
 def answers_for(guide: nn.Module, model: nn.Module) -> bool:
-    """Are the answers of ``guide`` those of ``model``?
+    """Are the answers of ``guide`` those of ``model``, whatever stands in going back?
+
+    Not where a defense inside (``looks_at_gradients``) computes gradients for its answer: other backward passes may then
+    lead to other answers.
 
     >>> net = nn.Linear(2, 2)
     >>> answers_for(net, net), answers_for(Guide(net), net), answers_for(nn.Linear(2, 2), net)
     (True, True, False)
     """
-    while guide is not model and isinstance(guide, Guide):
-        guide = guide.model
-    return guide is model
+    if guide is model:
+        return True
+    looks = any(getattr(getattr(m, "defense", None), "looks_at_gradients", False) for m in model.modules())
+    return wraps(guide, model) and not looks
+
+
+_PAUSED: ContextVar[bool] = ContextVar("_PAUSED", default=False)
+
+
+@contextmanager
+def unguided() -> Iterator[None]:
+    """Inside, no guide replaces a backward pass: for what looks at gradients as a part of its answer."""
+    token = _PAUSED.set(True)
+    try:
+        yield
+    finally:
+        _PAUSED.reset(token)
+
+
+def paused() -> bool:
+    """Must guides leave backward passes as they are? Only inside ``unguided``."""
+    return _PAUSED.get()
 
 
 class _Instead(torch.autograd.Function):

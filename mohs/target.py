@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs.errors import AccessError, DataError, ModelError, rows_text
-from mohs.guide import Guide, answers_for
+from mohs.guide import Guide, answers_for, wraps
 from mohs.objectives import Objective, margin
 from mohs.problem import Problem
 from mohs.threat import Access
@@ -196,7 +196,8 @@ class Target:
         self.queries = queries
         self.draws = draws
         self.average = average
-        self.trusted = answers_for(self.guide, model)  # what the guide answers, the model answers
+        self.own = wraps(self.guide, model)  # a look at the guide is one at the model
+        self.trusted = answers_for(self.guide, model)  # and its answers need no second look
         self.needs = guide.needs if isinstance(guide, Guide) else Access.GRADIENT
         calls = (guide.forwards, guide.backwards) if isinstance(guide, Guide) else (1, 1)
         self.cost = (calls[0] * average, calls[1] * average)
@@ -208,7 +209,7 @@ class Target:
 
         Cost: one forward; each pull one backward. The objective defaults to the logit margin.
         """
-        if self.access < self.needs and self.trusted:
+        if self.access < self.needs and self.own:
             raise AccessError(
                 f"The attack asked for a gradient; the threat grants {self.access.name}. "
                 "Use an attack that needs no gradients, or Threat(access=Access.GRADIENT)."
@@ -220,7 +221,9 @@ class Target:
         self._known(logits[0])
         values, cotangents = zip(*[(objective or margin)(z, problem.goal) for z in logits], strict=True)
         value = _mean(values)
-        lead, met = self._nominate(problem, x.detach(), logits, value, asked=self.trusted, passes=self.cost[0])
+        lead, met = self._nominate(
+            problem, x.detach(), logits, value, asked=self.own, passes=self.cost[0], sure=self.trusted
+        )
         draws = list(zip(graphs, cotangents, strict=True))
         return View(
             self.access, _mean(logits), lead, met, _mean(cotangents), problem, x, draws, self.cost[1], _value=value
@@ -233,7 +236,7 @@ class Target:
         nothing of the model (transfer), the guide is looked at instead.
         """
         shown = self.access >= Access.LABEL
-        if not shown and self.trusted:
+        if not shown and self.own:
             raise AccessError(
                 "The attack asked for a look at the model; the threat grants none (transfer only). "
                 "Use Threat(access=Access.LABEL) or more."
@@ -243,7 +246,7 @@ class Target:
             logits = [_ask(asked, x.detach(), live) for _ in range(self.average)]
         self._known(logits[0])
         value = None if objective is None else _mean([objective(z, problem.goal)[0] for z in logits])
-        lead, met = self._nominate(problem, x.detach(), logits, value, asked=shown, passes=self.average)
+        lead, met = self._nominate(problem, x.detach(), logits, value, asked=shown, passes=self.average, sure=shown)
         return Look(self.access, _mean(logits), lead, met, _value=value)
 
     def _known(self, logits: Tensor) -> None:
@@ -251,12 +254,19 @@ class Target:
             _refuse_labels(self.labels, logits.shape[1])
 
     def _nominate(
-        self, problem: Problem, x: Tensor, draws: list[Tensor], value: Tensor | None, asked: bool, passes: int
+        self,
+        problem: Problem,
+        x: Tensor,
+        draws: list[Tensor],
+        value: Tensor | None,
+        asked: bool,
+        passes: int,
+        sure: bool,
     ) -> tuple[Tensor, Tensor]:
         """Count the look and keep ``x`` where it beats what the row has; answers (margin, met) of this look, of which
         ``draws`` are the logits.
 
-        ``asked``: was it the model that was looked at? Only that is a query.
+        ``asked``: was it the model that was looked at? Only that is a query. ``sure``: are the answers the deployed model's?
         """
         found, region, box = problem.found, problem.threat.region, problem.threat.box
         lead = _mean([problem.goal.margin(logits) for logits in draws])
@@ -274,7 +284,7 @@ class Target:
         if asked:
             found.queries += live * len(draws)
         found.last = torch.where(live, value, found.last)
-        if (self.draws > 0 or not asked) and bool((met & live).any()):
+        if (self.draws > 0 or not sure) and bool((met & live).any()):
             lead, met = self._judge(problem, x, lead, met, live)
         if problem.threat.minimum:
             if not bool((met & live).any()):
@@ -318,7 +328,7 @@ class Target:
             wins += fresh > rounding(logits)
             worst = torch.minimum(worst, fresh)
         problem.found.forwards += (met & live) * looks
-        if not self.trusted and self.access > Access.NONE:
+        if not self.own and self.access > Access.NONE:
             problem.found.queries += met & live
         return torch.where(met, worst, lead), met & (wins * 2 > looks)
 

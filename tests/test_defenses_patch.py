@@ -16,9 +16,13 @@ from torch import Tensor, nn
 import mohs
 from mohs import defenses
 from mohs.attacks import PGD, LaVAN
-from mohs.defenses import DigitalWatermarking, LocalGradientsSmoothing, declared
+from mohs.defenses import BitDepth, DigitalWatermarking, LocalGradientsSmoothing, declared
+from mohs.defenses._base import Honest
 from mohs.defenses.digital_watermarking import guided, paint, saliency
-from mohs.errors import ModelError, UsageError
+from mohs.errors import AccessError, ModelError, UsageError
+from mohs.gradients import BeforeSoftmax, Straight, Through
+from mohs.guide import Guide, answers_for
+from mohs.threat import Access
 
 
 def smoothed(image: np.ndarray, strength: float, threshold: float, block: int, overlap: int) -> np.ndarray:
@@ -183,8 +187,47 @@ class TestDigitalWatermarking:
         x[:, :, 2:5, 3:6] = 1.0
         known = DigitalWatermarking(row=2, column=3, side=3)(Sum().eval())
         assert torch.allclose(known(x)[:, 0], torch.tensor(0.25 * 243), rtol=1e-5)
-        with pytest.raises(ModelError, match=r"there is none .* a known place"):
+        with pytest.raises(ModelError, match=r"there is none .* outside of it .* a known place"):
             DigitalWatermarking()(Sum().eval())(x)
+        for row, column in ((9, 0), (0, 9)):
+            with pytest.raises(ModelError, match="the images have 9 x 9 pixels"):
+                DigitalWatermarking(row=row, column=column, side=3)(Sum().eval())(x)
+
+    @pytest.mark.parametrize(
+        "make",
+        [Honest, Straight, lambda m: Straight(Honest(m), custom=True), lambda m: Through(m, {"model": None})],
+        ids=["honest", "straight", "custom", "through"],
+    )
+    def test_no_guide_changes_what_is_painted_over(self, make: object) -> None:
+        # with gradients the mask would be another one: rounded inputs have none, so that the deployed model paints nothing
+        model = DigitalWatermarking(density=0.1)(BitDepth(3)(net())).eval()
+        x = fashion()[0][:12].clone().requires_grad_(True)
+        guide = make(model)
+        with torch.no_grad():
+            assert not torch.equal(DigitalWatermarking(density=0.1)(net())(x), net()(x)), "there is something to paint"
+        assert torch.equal(guide(x).detach(), model(x).detach())
+        assert not answers_for(guide, model)
+        assert answers_for(make(known := DigitalWatermarking(row=1, column=1, side=2)(net())), known)
+
+    def test_logits_before_the_softmax_are_those_of_the_answer(self) -> None:
+        model = DigitalWatermarking()(nn.Sequential(net(), nn.Softmax(1)).eval()).eval()
+        x = fashion()[0][:4].clone().requires_grad_(True)
+        found = BeforeSoftmax(model)(x)
+        assert torch.equal(found.softmax(1).detach(), model(x).detach())
+
+    def test_the_deployed_model_judges_what_a_guide_reports(self) -> None:
+        class Wrong(Guide):
+            def forward(self, x: Tensor) -> Tensor:
+                return -self.model(x)
+
+        blind, x = DigitalWatermarking()(net()).eval(), fashion(8)[0]
+        y = blind(x).argmax(1).detach()
+        out = mohs.attack(PGD(steps=2), blind, x, y, "linf:0.0", guide=Wrong(Honest(blind)))
+        assert not bool(out.success.any())
+        with pytest.raises(AccessError):
+            mohs.attack(
+                PGD(steps=2), blind, x, y, mohs.Threat(mohs.Linf(0.1), access=Access.LOGIT), guide=Wrong(Honest(blind))
+            )
 
     def test_painting_is_the_biharmonic_inpainting_of_each_image(self) -> None:
         x = fashion()[0][:3]

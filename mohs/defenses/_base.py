@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from mohs.errors import UsageError
 from mohs.gradients.bpda import instead_of
-from mohs.guide import Guide
+from mohs.guide import Guide, unguided
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,15 @@ class Defense:
     (default: the identity). One that does more overrides ``answer``.
 
     ``random``: do two answers to one input differ? ``smooth``: does it have a useful gradient of its own? ``unit``: does it
-    need inputs in [0, 1]? ``rejects``: is the last logit the rejection of the input?
+    need inputs in [0, 1]? ``rejects``: is the last logit the rejection of the input? ``looks_at_gradients``: does its answer
+    depend on gradients of what it defends? Then the deployed model judges every success that a guide reports.
     """
 
     random: ClassVar[bool] = False
     smooth: ClassVar[bool] = False
     unit: ClassVar[bool] = False
     rejects: ClassVar[bool] = False
+    looks_at_gradients: ClassVar[bool] = False
 
     def __call__(self, *models: nn.Module) -> nn.Module:
         """The defended classifier, in the mode of the model; only ensembles take more than one."""
@@ -95,14 +99,28 @@ class Honest(Guide):
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's logits, bit for bit."""
-        layers = [m for m in self.model.modules() if isinstance(m, Switch)]
-        try:
-            for layer in layers:
-                layer.guiding = True
+        with _switched(self.model, True):
             return self.model(x)
-        finally:
-            for layer in layers:
-                layer.guiding = False
+
+
+@contextmanager
+def as_deployed(model: nn.Module) -> Iterator[None]:
+    """Inside, the gradients of ``model`` are those of the deployed one, whatever guide is asking."""
+    with unguided(), _switched(model, False):
+        yield
+
+
+@contextmanager
+def _switched(model: nn.Module, guiding: bool) -> Iterator[None]:
+    """Inside, all switches of ``model`` stand there; afterwards, where they stood."""
+    before = [(m, m.guiding) for m in model.modules() if isinstance(m, Switch)]
+    try:
+        for layer, _ in before:
+            layer.guiding = guiding
+        yield
+    finally:
+        for layer, stood in before:
+            layer.guiding = stood
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mohs.defenses._base import Defense
+from mohs.defenses._base import Defense, as_deployed
 from mohs.defenses._scikit import restoration
 from mohs.defenses._settings import images, number
 from mohs.errors import ModelError, UsageError
@@ -43,15 +43,15 @@ class DigitalWatermarking(Defense):
 
     Raises:
         UsageError: other numbers, or scikit-image is missing (the extra ``images``).
-        ModelError: at the first call, on inputs that are no images, or a classifier without gradients.
+        ModelError: at the first call, on inputs that are no images, a known window outside of them, or a classifier without
+            gradients.
 
     Cost: one more forward and a backward of the classifier per answer, and a linear system per cluster on the CPU, some
     milliseconds for 28 x 28 pixels.
 
     **Differs from the paper**: the paper gives no numbers for threshold, morphology and density; these are ours, chosen on
-    Fashion-MNIST. Clusters are
-    filled by the biharmonic equation, not by Telea's fast marching, which is found in OpenCV only. Activations that a model
-    calls as functions, not as layers, pass gradients of both signs.
+    Fashion-MNIST. Clusters are filled by the biharmonic equation, not by Telea's fast marching, which is found in OpenCV only.
+    Activations that a model calls as functions, not as layers, pass gradients of both signs.
     **Source**: J. Hayes, "On visible adversarial perturbations and digital watermarking", CVPR workshops 2018, section 4 (non-blind and
     blind); J. Springenberg et al., "Striving for simplicity", ICLR 2015 workshop (guided backpropagation).
     """
@@ -62,6 +62,7 @@ class DigitalWatermarking(Defense):
     row: int | None = None
     column: int | None = None
     side: int | None = None
+    looks_at_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         number(self.threshold, "threshold", 0, 1)
@@ -73,6 +74,7 @@ class DigitalWatermarking(Defense):
             raise UsageError(f"A known place needs row, column and side; got {given}. Give all three, or none.")
         for name, value in given.items():
             number(value, name, 1 if name == "side" else 0, whole=True)
+        object.__setattr__(self, "looks_at_gradients", not given)
 
     def answer(self, model: nn.Module, x: Tensor, guiding: bool) -> Tensor:
         """Logits [B, K] of the model on the painted images."""
@@ -82,6 +84,11 @@ class DigitalWatermarking(Defense):
     def mask(self, model: nn.Module, x: Tensor) -> Tensor:
         """What is painted over, [B, H, W] bool."""
         if self.row is not None and self.column is not None and self.side is not None:
+            if self.row >= x.shape[2] or self.column >= x.shape[3]:
+                raise ModelError(
+                    f"The known window begins at row {self.row}, column {self.column}; the images have {x.shape[2]} x {x.shape[3]} "
+                    "pixels. Give a place inside, counted from 0."
+                )
             known = torch.zeros(x.shape[0], *x.shape[2:], dtype=torch.bool, device=x.device)
             known[:, self.row : self.row + self.side, self.column : self.column + self.side] = True
             return known
@@ -110,7 +117,8 @@ def saliency(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ModelError: the classifier has no input gradient.
     """
-    with torch.inference_mode(False), torch.enable_grad(), guided(model):
+    # the deployed model's own gradients, or the painted places, and with them the answers, would depend on who asks
+    with torch.inference_mode(False), torch.enable_grad(), as_deployed(model), guided(model):
         point = x.detach().clone().requires_grad_(True)
         logits = model(point)
         top = logits.detach().argmax(1, keepdim=True)
@@ -119,7 +127,8 @@ def saliency(model: nn.Module, x: Tensor) -> Tensor:
         except RuntimeError as error:
             raise ModelError(
                 f"DigitalWatermarking looks at the classifier's input gradient, and there is none ({str(error).splitlines()[0]}). "
-                "Put it before a differentiable classifier, or give row, column and side of a known place."
+                "What stands between it and the classifier must be differentiable: put codecs and filters without gradient outside "
+                "of it ('jpeg,digital-watermarking', not 'digital-watermarking,jpeg'), or give row, column and side of a known place."
             ) from error
     size = g.abs().amax(1)
     return size / size.amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from mohs.errors import ModelError, UsageError
-from mohs.guide import Guide, instead
+from mohs.guide import Guide, instead, paused
 
 StandIn = Callable[[Tensor], Tensor]
 """A differentiable function from a layer's input to something of the shape of its output."""
@@ -136,7 +136,7 @@ class Through(Guide):
 
         def hook(backward: StandIn | None) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
             def replace(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-                if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+                if paused() or not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
                     return output
                 return instead_of(inputs[0], output, backward)
 
@@ -185,7 +185,7 @@ class Past(Guide):
         """The model's logits, bit for bit."""
 
         def replace(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
-            if not inputs or not isinstance(inputs[0], Tensor) or len(inputs[0]) != len(x):
+            if paused() or not inputs or not isinstance(inputs[0], Tensor) or len(inputs[0]) != len(x):
                 return None
             return (instead_of(x, inputs[0], self.stand_in[0]), *inputs[1:])
 

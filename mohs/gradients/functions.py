@@ -11,7 +11,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from mohs.errors import ModelError
-from mohs.guide import Guide, instead
+from mohs.guide import Guide, instead, paused
 
 STAIRS = frozenset(
     {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "detach", "fake_quantize_per_tensor_affine"}
@@ -33,6 +33,8 @@ class _Mended(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if paused():
+            return func(*args, **kwargs)
         with torch.enable_grad():
             if self.attach:
                 args = tuple(self._attached(value) for value in args)
@@ -135,7 +137,7 @@ class _Listening(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         value = args[0] if args else None
-        if isinstance(value, Tensor) and value.dim() == 2 and len(value) == self.rows:
+        if isinstance(value, Tensor) and value.dim() == 2 and len(value) == self.rows and not paused():
             self.heard += [value] if getattr(func, "__name__", "") in SOFT else []
         return func(*args, **(kwargs or {}))
 
