@@ -140,6 +140,27 @@ def test_refusals() -> None:
         mohs.attack(Latent(Plane()), net, x, y, mohs.Threat(mohs.L0(2), box=OPEN))
 
 
+@pytest.mark.parametrize(("inner", "outer"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_generator_and_inputs_of_different_precision(inner: torch.dtype, outer: torch.dtype) -> None:
+    plane, net, x, y, distance = problem()
+    threat = mohs.Threat(mohs.L2(math.inf), box=OPEN)
+    out = mohs.attack(Latent(plane.to(inner), steps=150, begin=60), net.to(outer), x.to(outer), y, threat)
+    assert out.x.dtype == outer
+    assert bool(out.success.all())
+    assert bool((out.size / distance < 1.05).all())
+
+
+def test_a_generator_in_training_mode_is_left_as_it_is() -> None:
+    made = nn.Sequential(nn.Linear(LATENT, SIZE), nn.BatchNorm1d(SIZE))
+    with pytest.raises(UsageError, match=r"training mode \(1: BatchNorm1d\)"):
+        Latent(made, size=LATENT)
+    attack, (_, net, x, y, _) = Latent(made.eval(), size=LATENT, steps=2), problem()
+    made.train()
+    with pytest.raises(UsageError, match="training mode"):
+        mohs.attack(attack, net, x, y, mohs.Threat(mohs.L2(1.0), box=OPEN))
+    assert not bool(made[1].running_mean.any())
+
+
 def test_what_it_finds_a_projection_leaves_as_it_is() -> None:
     class Small(nn.Module):
         latent = LATENT

@@ -109,12 +109,21 @@ class TestRefusals:
             LID().fit(net, x[:110], changed[:110])
         with pytest.raises(DataError, match="None of the"):
             LID(k=5, references=40).fit(net, x[:80], changed[:80], torch.zeros(80, dtype=torch.bool))
+        with pytest.raises(DataError, match=r"broken must be bool.*got torch\.int64"):
+            LID(k=5, references=40).fit(net, x[:80], changed[:80], torch.ones(80, dtype=torch.int64))
+
+    def test_a_model_in_training_mode_is_left_as_it_is(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        x = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(UsageError, match=r"training mode \(1: BatchNorm1d\)"):
+            LID(k=3, references=10).fit(model, x, x + 0.1)
+        assert not bool(model[1].running_mean.any())
 
     def test_layers_and_settings(self, fashion: tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]) -> None:
         net, x, _, changed, _ = fashion
         with pytest.raises(UsageError, match="no layer 'nowhere'"):
             LID(layers=("nowhere",)).fit(net, x, changed)
-        for settings in ({"k": 1}, {"references": 3}, {"fpr": 0.0}):
+        for settings in ({"k": 1}, {"references": 3}, {"fpr": 0.0}, {"fpr": 1.0}, {"layers": "net"}):
             with pytest.raises(UsageError):
                 LID(**settings)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="fit returned"):

@@ -62,12 +62,13 @@ class Latent:
         steps: gradient steps of all rounds together.
         rate: step length of Adam, in units of the latent.
         begin: steps of Adam that look for the latent of the clean input; restarts begin them at other random latents.
-        keep: fixed radius: weight of the squared distance between what is made and what the threat allows, in logits.
+        keep: fixed radius: weight of the squared distance between what is made and what the threat allows, in units of the objective
+            per squared unit of the input.
         inner: smallest change: steps of one round at most.
         objective: fixed radius: what to climb.
 
     Raises:
-        UsageError: settings that cannot be, or a generator whose latent is not known.
+        UsageError: settings that cannot be, a generator in training mode, or one whose latent is not known.
         ModelError: the generator does not make inputs of the shape of the clean ones.
 
     Cost: steps + 1 forwards and steps backwards; and of the generator ``begin`` and as many again, and two forwards a step.
@@ -108,6 +109,7 @@ class Latent:
         check_least(self, 0.0, "keep")
         if not isinstance(self.generator, nn.Module):
             raise UsageError(f"generator must be a torch module; got {type(self.generator).__name__}.")
+        self._check_mode()
         if self.size is None:
             size = getattr(self.generator, "latent", None)
             if type(size) is not int:
@@ -118,8 +120,17 @@ class Latent:
         check_whole(self, "size")
         object.__setattr__(self, "weights", weights_hash(self.generator)[:16])
 
+    def _check_mode(self) -> None:
+        for name, module in self.generator.named_modules():
+            if module.training and isinstance(module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd):
+                raise UsageError(
+                    f"The generator is in training mode ({name or 'generator'}: {type(module).__name__}), so what it makes depends on "
+                    "the batch or on chance. Call generator.eval() first; Mohs does not flip modes behind your back."
+                )
+
     def init(self, problem: Problem) -> LatentState:
         """At the latent of the clean input, or of where the caller says, as far as the generator can make it."""
+        self._check_mode()  # it may have been trained on since
         wanted = problem.begin()
         draws = streams.normal(problem.key, (int(self.size or 0),), dtype=wanted.dtype)
         z, adam = draws / math.sqrt(draws.shape[1]), Adam.fresh(draws)
@@ -136,7 +147,6 @@ class Latent:
             return self._nearer(problem, state)
         made, back = self._decode(state.z, problem.x0)
         g = problem.gradient(state.x, self.objective)
-        # both terms of one length at weight 1, whatever the objective's scale: Adam knows directions only
         gradient = back(2 * self.keep * (made - state.x) - g)
         change, adam = state.adam.move(gradient, torch.full_like(problem.eps, self.rate))
         z = state.z + change
@@ -183,9 +193,10 @@ class Latent:
 
     def _decode(self, z: Tensor, like: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """What the latents make, and the way back: cotangents of it to gradients of the latents."""
+        own = next((p for p in self.generator.parameters() if p.is_floating_point()), z)
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            made = self.generator(z)
+            made = self.generator(z.to(device=own.device, dtype=own.dtype))
         if made.shape != like.shape:
             raise ModelError(
                 f"The generator makes {tuple(made.shape)} where inputs are {tuple(like.shape)}. Give one for such inputs, or wrap it "
@@ -193,6 +204,6 @@ class Latent:
             )
 
         def back(cotangent: Tensor) -> Tensor:
-            return torch.autograd.grad(made, z, cotangent.to(made.dtype), retain_graph=True)[0]
+            return torch.autograd.grad(made, z, cotangent.to(made), retain_graph=True)[0]
 
-        return made.detach().to(like.dtype), back
+        return made.detach().to(like), back

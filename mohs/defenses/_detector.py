@@ -19,15 +19,16 @@ class Detector(Defense):
     """Rejects the inputs whose score is above a threshold; a subclass has ``fit`` and ``score``.
 
     The logits [B, K + 1] are those of the classifier and, for the rejection, their largest plus the score's excess over the
-    threshold. So the input is rejected exactly where the score is above it, and the margin of an attack that has to fool the
-    classifier and to pass the detector is that of whichever is harder: one differentiable objective for both.
+    threshold. So the input is rejected where the score is above it, unless the excess is lost in the rounding of the logits. One
+    differentiable objective serves an attack that has to fool the classifier and to pass the detector: where it does one of the
+    two already, the margin is that of the other; where it does neither, what both lack adds up.
     """
 
     rejects: ClassVar[bool] = True
     smooth: ClassVar[bool] = True
 
     def __call__(self, *models: nn.Module) -> nn.Module:
-        """A detector knows nothing before it is fitted."""
+        """Raises: there is no detector before ``fit``."""
         raise UsageError(
             f"{type(self).__name__} learns what is usual from data, so it cannot defend a model by itself. Call "
             f"{type(self).__name__}(...).fit(model, x, changed), which returns the defended model."
@@ -99,6 +100,20 @@ def weighted(model: nn.Module) -> list[str]:
             "The model shows no layers, and the detector looks at what layers answer. Give a torch module."
         )
     return names
+
+
+def check_mode(model: nn.Module, what: str) -> None:
+    """Refuse a model in training mode: activations would depend on the batch or on chance, and looking would change it.
+
+    Raises:
+        UsageError: a module of the model trains.
+    """
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd):
+            raise UsageError(
+                f"{what} looks at a model in eval mode; got one in training mode ({name or 'model'}: {type(module).__name__}). Call "
+                "model.eval() first; Mohs does not flip modes behind your back."
+            )
 
 
 @contextmanager

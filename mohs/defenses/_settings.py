@@ -38,19 +38,27 @@ def images(x: Tensor, name: str) -> Tensor:
 
 
 def number(
-    value: float, name: str, low: float, high: float = math.inf, *, whole: bool = False, above: bool = False
+    value: float,
+    name: str,
+    low: float,
+    high: float = math.inf,
+    *,
+    whole: bool = False,
+    above: bool = False,
+    below: bool = False,
 ) -> None:
-    """Refuse a setting that is not a (whole) number from ``low`` to ``high``; ``above``: nor ``low`` itself.
+    """Refuse a setting that is not a (whole) number from ``low`` to ``high``; ``above``: nor ``low`` itself; ``below``: nor ``high``.
 
     Raises:
         UsageError: it is not.
     """
     kinds = (int,) if whole else (int, float)
     good = type(value) in kinds and math.isfinite(value) and low <= value <= high and not (above and value == low)
+    good = good and not (below and value == high)
     if not good:
         kind = "a whole number" if whole else "a number"
         least = f"above {low:g}" if above else f"at least {low:g}"
-        most = "" if math.isinf(high) else f" and at most {high:g}"
+        most = "" if math.isinf(high) else f" and below {high:g}" if below else f" and at most {high:g}"
         raise UsageError(f"{name} must be {kind} {least}{most}; got {value!r}.")
 
 

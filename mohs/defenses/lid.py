@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mohs import streams
 from mohs.defenses._base import Defended
-from mohs.defenses._detector import Detector, activations, threshold_at, weighted
+from mohs.defenses._detector import Detector, activations, check_mode, threshold_at, weighted
 from mohs.defenses._settings import number
-from mohs.errors import DataError
+from mohs.errors import DataError, UsageError
 
 LEAST = 20
 """Examples beyond the references at least."""
@@ -20,6 +20,8 @@ FIT_STEPS = 200
 """Iterations of the logistic regression at most; it has as many weights as there are layers."""
 RIDGE = 1e-3
 """Weight of the squared coefficients, so that separable examples have a solution."""
+BATCH = 256
+"""Examples that are looked at together in ``fit``."""
 
 
 class LIDState(nn.Module):
@@ -55,12 +57,13 @@ class LID(Detector):
     Args:
         k: neighbours.
         references: examples whose activations are kept, drawn from the training data.
-        fpr: share of clean inputs to reject; the threshold is an order statistic of clean examples held out for it.
+        fpr: share of clean inputs to reject, above 0 and below 1; the threshold is an order statistic of clean examples held out
+            for it.
         layers: names; None: all leaf layers with weights.
 
     Raises:
-        DataError: fewer examples than are needed, or no adversarial one among them.
-        UsageError: called before ``fit``; layers that do not exist.
+        DataError: fewer examples than are needed, no adversarial one among them, or flags that are not bool.
+        UsageError: called before ``fit``; layers that do not exist; a model in training mode.
 
     Cost: a pass, and the distances of each layer's answer to the references.
 
@@ -73,7 +76,9 @@ class LID(Detector):
     torch.Size([4, 11])
 
     **Differs from the paper**: one fixed set of references that holds neither the inputs nor their clean twins (in the published
-    code the adversarial example's own clean twin is among them); the threshold is chosen on held-out clean examples.
+    code the adversarial example's own clean twin is among them); the threshold is chosen on held-out clean examples. The regression
+    weighs both kinds alike and has a small ridge. Clean and noisy examples are taken of the broken ones alone, and noise is not
+    clipped to the box.
     **Source**: X. Ma et al., "Characterizing adversarial subspaces using local intrinsic dimensionality", ICLR 2018, equation 4 and
     algorithm 1; how it fell: A. Athalye, N. Carlini, D. Wagner, ICML 2018, section 5.4.
     """
@@ -86,7 +91,11 @@ class LID(Detector):
     def __post_init__(self) -> None:
         number(self.k, "k of LID", 2, whole=True)
         number(self.references, "references of LID", self.k, whole=True)
-        number(self.fpr, "fpr of LID", 0, 1, above=True)
+        number(self.fpr, "fpr of LID", 0, 1, above=True, below=True)
+        if isinstance(self.layers, str):
+            raise UsageError(
+                f"layers of LID must be names in a tuple, or None; got the text {self.layers!r}. Give ({self.layers!r},)."
+            )
 
     def fit(
         self, model: nn.Module, x: Tensor, changed: Tensor, broken: Tensor | None = None, *, seed: int = 0
@@ -102,6 +111,12 @@ class LID(Detector):
             seed: of the choice of examples and of the noise.
         """
         broken = torch.ones(len(x), dtype=torch.bool, device=x.device) if broken is None else broken
+        check_mode(model, "LID")
+        if broken.dtype != torch.bool:
+            raise DataError(
+                f"broken must be bool, one flag per example; got {broken.dtype}. Give a tensor such as mohs.attack(...).success, or "
+                "broken.bool()."
+            )
         if changed.shape != x.shape or broken.shape != x.shape[:1]:
             raise DataError(
                 f"LID needs one changed input, and one flag, for each of the {len(x)} clean ones; got shapes {tuple(x.shape)}, "
@@ -126,15 +141,17 @@ class LID(Detector):
             )
         names = list(self.layers) if self.layers is not None else weighted(model)
         with torch.no_grad():
-            _, reference = activations(model, names, x[kept])
-        state = LIDState(names, reference)
+            parts = [activations(model, names, part)[1] for part in x[kept].split(BATCH)]
+        state = LIDState(names, [torch.cat(layer) for layer in zip(*parts, strict=True)])
         clean, changed = x[taught], changed[taught]
         noise = streams.normal(streams.derive(streams.content_keys(clean), seed), tuple(x.shape[1:]), dtype=x.dtype)
         length = (changed - clean).flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)
         noisy = clean + noise * length.view(-1, *[1] * (x.dim() - 1))
         with torch.no_grad():
-            usual = torch.cat([self._lids(model, state, part)[1] for part in (clean, noisy)])
-            unusual = self._lids(model, state, changed)[1]
+            usual, unusual = (
+                torch.cat([self._lids(model, state, part)[1] for part in whole.split(BATCH)])
+                for whole in (torch.cat([clean, noisy]), changed)
+            )
         both = torch.cat([usual, unusual])
         state.low = both.amin(0)
         state.width = (both.amax(0) - state.low).clamp_min(1e-12)
@@ -142,7 +159,7 @@ class LID(Detector):
             (both - state.low) / state.width, torch.cat([usual.new_zeros(len(usual)), usual.new_ones(len(unusual))])
         )
         with torch.no_grad():
-            scores = torch.cat([self.score(model, state, part)[1] for part in x[held].split(256)])
+            scores = torch.cat([self.score(model, state, part)[1] for part in x[held].split(BATCH)])
         state.threshold = scores.new_tensor(threshold_at(scores, self.fpr))
         return self.fitted(model, state)
 
