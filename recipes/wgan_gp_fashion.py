@@ -10,7 +10,7 @@ convolutions, because Defense-GAN runs the generator hundreds of times per image
 Measured on test images: the critic's estimate of the Wasserstein distance 1.94 (first 1,000); mean squared error of the pixels
 after Defense-GAN's projection, first 200: 0.0162 with 100 steps from 4 starts, 0.0151 with 200 from 10.
 
-Training took 218 s of one core (17 minutes of the clock, on a server that was busy with other work).
+Training took 218 s of one core (17 minutes of the clock, on a busy machine).
 
 Data: Fashion-MNIST, copyright (c) 2017 Zalando SE, MIT licence; Debian's package dataset-fashion-mnist puts the four idx
 files under /usr/share/datasets/fashion-mnist.

@@ -101,6 +101,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(ModelError, match="do not vary"):
         fit(x, torch.ones(8, 2), "linear")
     assert kinds(x, random(4, 3)) == ()
+    assert kinds(x[:0], x[:0]) == ()
 
 
 # ---- planted models --------------------------------------------------------------------------------------

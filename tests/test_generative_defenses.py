@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import mohs
 from mohs import defenses
 from mohs.attacks import PGD
-from mohs.defenses import DefenseGAN, PixelDefend, declared, parse
+from mohs.defenses import Defense, DefenseGAN, PixelDefend, declared, parse
 from mohs.defenses.defense_gan import project
 from mohs.errors import ModelError, UsageError
 from mohs.models.generative import load_generative, save_generative
@@ -214,6 +215,9 @@ class TestDefenseGAN:
             DefenseGAN(starts=0)
         with pytest.raises(UsageError, match="attribute latent, a whole number; got Linear without"):
             DefenseGAN(generator=nn.Linear(1, 1))
+        plain = type("Plain", (), {"latent": 3})()
+        with pytest.raises(UsageError, match="must be a torch module with the attribute latent, or None; got Plain"):
+            DefenseGAN(generator=plain)
         with pytest.raises(ModelError, match=r"makes inputs of shape \(1, 28, 28\); got \(3, 32, 32\)"):
             DefenseGAN().transform(torch.zeros(1, 3, 32, 32))
 
@@ -221,6 +225,23 @@ class TestDefenseGAN:
         x = fashion()[0][:16]
         out = DefenseGAN(seed=0).transform(x)
         assert float((out - x).square().mean()) < 0.3 * float((x - x.mean(0)).square().mean())
+
+
+def test_a_bundled_net_is_named_alike_whoever_loads_it() -> None:
+    assert DefenseGAN(generator=load_generative("fashion-generator")) == DefenseGAN()
+    density = load_generative("fashion-pixelcnn")
+    assert isinstance(density, PixelCNN)
+    assert PixelDefend(net=density) == PixelDefend()
+    assert DefenseGAN(generator=Generator()) != DefenseGAN()
+
+
+@pytest.mark.parametrize("make", [lambda: DefenseGAN(2, 1, seed=0), lambda: PixelDefend(net=density())])
+def test_a_first_call_in_inference_mode_spoils_nothing(make: Callable[[], Defense]) -> None:
+    defense = make()
+    size = 28 if isinstance(defense, DefenseGAN) else SIZE
+    with torch.inference_mode():
+        defense.transform(noise(1, size).float())
+    assert not any(p.is_inference() for p in defense._kept.parameters())
 
 
 @pytest.mark.parametrize("name", ["fashion-pixelcnn", "fashion-generator"])

@@ -281,6 +281,18 @@ def test_random_starts_find_the_best_window_of_a_linear_model_with_enough_of_the
     torch.testing.assert_close(out.margin, highest(model, x, y, Patch(3)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("side", [2, 3, 4, 5])
+def test_no_window_tried_lies_over_more_than_half_of_another(side: int) -> None:
+    gain = torch.rand(4, 12, 12, generator=torch.Generator().manual_seed(side))
+    tried = apart(Patch(side), gain, torch.full((4,), float(side)), 6)
+    away = (tried.unsqueeze(1) - tried.unsqueeze(2)).abs().amax(3)[:, ~torch.eye(6, dtype=torch.bool)]
+    assert int(away.min()) >= side / 2
+    # the next better one is let in as soon as no more than half is shared
+    ramp = torch.arange(12.0).expand(1, 12, 12).contiguous()
+    first, second = apart(Patch(side, at=None), ramp, torch.full((1,), float(side)), 2)[0]
+    assert int((first - second).abs().max()) == -(-side // 2)
+
+
 def test_windows_tried_are_apart_and_in_order_of_their_gain() -> None:
     gain = torch.rand(3, 9, 8, generator=torch.Generator().manual_seed(0))
     eps = torch.tensor([3.0, 2.0, 1.0])

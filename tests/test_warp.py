@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ import mohs
 from mohs.attacks import APGD, PGD
 from mohs.errors import ModelError, UsageError
 from mohs.gradients import Affine, Flow, reparameterize
+from mohs.models.weights import weights_hash
 
 
 def latent(warp: Affine | Flow, **values: float) -> Tensor:
@@ -165,8 +167,24 @@ def test_a_real_net_errs_and_the_answer_does_not_depend_on_order(make: object) -
     assert torch.equal(again.x, out.x[order])
 
 
+def test_other_images_or_another_decoder_are_another_model() -> None:
+    x, net = inputs(3, 1, 6, 6), nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    one, same, other = (reparameterize(net, Affine(v)) for v in (x, x.clone(), x.flip(0)))
+    assert weights_hash(one) == weights_hash(same) != weights_hash(other)
+    assert repr(one) == repr(same)
+    named = [repr(reparameterize(net, f)) for f in (torch.tanh, torch.sigmoid, latent, functools.partial(latent))]
+    assert "decode=test_warp.latent" in named[2]
+    assert len(set(named)) == 4
+    assert not any("0x" in name for name in named)
+
+
 def test_what_is_wrong_is_said() -> None:
     x = inputs(3, 1, 6, 6)
+    for low in (torch.float16, torch.bfloat16):
+        with pytest.raises(UsageError, match=rf"float32 or float64; got {low}"):
+            Affine(x.to(low))
+        with pytest.raises(ModelError, match=rf"float32 or float64; got {low}"):
+            Affine(x)(Affine(x).clean.to(low))
     with pytest.raises(UsageError, match=r"images \[N, C, H, W\]; got \(3, 36\)"):
         Affine(x.flatten(1))
     with pytest.raises(UsageError, match="degrees must be a finite number >= 0; got -1"):

@@ -34,7 +34,7 @@ class LaVANState(State):
 class LaVAN:
     """Tries the windows in which the gradient promises most, then climbs inside the best one.
 
-        g = grad J(x0);  rank the windows by the gain of <g, x> over their values, each overlapping a better one by less than half
+        g = grad J(x0);  rank the windows by the gain of <g, x> over their values, none over more than half of a better one both ways
         look at ``windows`` of them, every value at its best bound, and keep the one of highest J
         x_(k+1) = clip(x_k + step_size * (1 - k / steps) * sign(grad J(x_k))) inside that window
 
@@ -74,15 +74,11 @@ class LaVAN:
     needs: ClassVar[Access] = Access.GRADIENT
     finite: ClassVar[bool] = True
     norms: ClassVar[tuple[str, ...]] = ("patch",)
+    random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_ascent(self)
         check_whole(self, "windows")
-
-    @property
-    def random(self) -> bool:
-        """Do restarts differ?"""
-        return True
 
     def trials(self, region: Patch) -> int:
         """How many windows a restart looks at."""
@@ -151,8 +147,8 @@ def geometry(problem: Problem) -> Patch:
 
 
 def apart(region: Patch, gain: Tensor, eps: Tensor, count: int) -> Tensor:
-    """First pixels of ``count`` windows, [B, count, 2], by falling sum of ``gain`` [B, H, W]; none overlaps one before it by half
-    or more along both sides, unless there is no room left: then the ranking begins anew."""
+    """First pixels of ``count`` windows, [B, count, 2], by falling sum of ``gain`` [B, H, W]; none overlaps one before it by more
+    than half of its side both down and across, unless there is no room left: then the ranking begins anew."""
     sums = region.sums(gain, eps)
     rows, columns = (side.view(-1, 1, 1) for side in region.sides(gain, eps))
     down, across = (torch.arange(n, device=gain.device) for n in gain.shape[1:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,10 +11,9 @@ from torch import Tensor, nn
 
 from mohs import streams
 from mohs.defenses._base import Defense
+from mohs.defenses._generative import digest, kept
 from mohs.defenses._settings import number, unit
 from mohs.errors import ModelError, UsageError
-from mohs.models.generative import bundled_digest, load_generative
-from mohs.models.weights import weights_hash
 
 BUNDLED = "fashion-generator"
 MOMENTUM, RATE = 0.7, 10.0
@@ -101,16 +99,20 @@ class DefenseGAN(Defense):
         if self.seed is not None:
             number(self.seed, "seed", 0, whole=True)
             object.__setattr__(self, "random", False)
+        if self.generator is not None and not isinstance(self.generator, nn.Module):
+            raise UsageError(
+                f"generator must be a torch module with the attribute latent, or None; got {type(self.generator).__name__}. Wrap it "
+                "in a module."
+            )
         if self.generator is not None and not isinstance(getattr(self.generator, "latent", None), int):
             raise UsageError(
                 f"generator must be a module with the attribute latent, a whole number; got {type(self.generator).__name__} without."
             )
-        digest = bundled_digest(BUNDLED) if self.generator is None else weights_hash(self.generator)
-        object.__setattr__(self, "weights", digest[:16])
+        object.__setattr__(self, "weights", digest(self.generator, BUNDLED))
 
     def transform(self, x: Tensor) -> Tensor:
         """Inputs [B, ...] in [0, 1], each replaced by the nearest that the generator finds."""
-        generator = self._generator(x.device)
+        generator = kept(self, self.generator, BUNDLED, torch.float32, x.device)
         wanted = unit(x).float()
         shape = (self.starts, int(generator.latent))  # type: ignore[arg-type]
         with torch.no_grad():
@@ -128,13 +130,3 @@ class DefenseGAN(Defense):
                 z = streams.normal(streams.derive(streams.content_keys(wanted), self.seed), shape)
             z = project(generator, wanted, z / math.sqrt(shape[1]), self.steps, self.rate)
             return generator(z).to(x.dtype)
-
-    def _generator(self, device: torch.device) -> nn.Module:
-        """The generator, its weights without gradients, kept from call to call."""
-        kept: nn.Module | None = self.__dict__.get("_kept")
-        if kept is None:
-            with torch.inference_mode(False):  # weights made there would be of no use to a descent
-                kept = load_generative(BUNDLED) if self.generator is None else copy.deepcopy(self.generator).float()
-                kept = kept.eval().requires_grad_(False)
-            object.__setattr__(self, "_kept", kept)
-        return kept.to(device)

@@ -20,8 +20,8 @@ class LocalGradientsSmoothing(Defense):
         mask = union of the blocks in which the mean of g exceeds ``threshold``
         x -> x (1 - clip(strength g mask, 0, 1))
 
-    A patch of noise vanishes; so do textures. A patch that knows of it is smooth, or pushes up the largest g of the image so
-    that its own blocks stay below the threshold. The own gradient is exact but for the threshold, and
+    A patch of noise vanishes; so do textures. A patch made against it is smooth, or pushes up the largest g of the image
+    so that its own blocks stay below the threshold. The own gradient is exact but for the threshold, and
     zero where pixels are darkened to nothing: an attack would stay put there. So the mean of the defense and the identity
     stands in, which broke more than either alone.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,11 +9,10 @@ import torch
 from torch import Tensor
 
 from mohs.defenses._base import Defense
+from mohs.defenses._generative import digest, kept
 from mohs.defenses._settings import number, unit
 from mohs.errors import UsageError
-from mohs.models.generative import bundled_digest, load_generative
 from mohs.models.pixelcnn import LEVELS, PixelCNN, log_mass, scan
-from mohs.models.weights import weights_hash
 
 BUNDLED = "fashion-pixelcnn"
 TOP = LEVELS - 1
@@ -27,8 +25,8 @@ class PixelDefend(Defense):
         x_ij -> argmax over levels v with |v - x_ij| <= eps of p(v | the pixels chosen before)
 
     The density is an autoregressive net. The choice has no gradient, and a change as large as ``eps`` can be undone where the
-    density knows better; as the output is close to the input, the identity going back breaks it. It may also do harm: what
-    is likely is smooth, and pixels chosen greedily need not make a likely image.
+    density gives another level more mass; as the output is close to the input, the identity going back breaks it. It may also do
+    harm: what is likely is smooth, and pixels chosen greedily need not make a likely image.
 
     Args:
         eps: how far a pixel may move, in units of the input.
@@ -63,8 +61,7 @@ class PixelDefend(Defense):
             raise UsageError(
                 f"net must be a mohs.models.pixelcnn.PixelCNN or None; got {type(self.net).__name__}. Others cannot be scanned."
             )
-        digest = bundled_digest(BUNDLED) if self.net is None else weights_hash(self.net)
-        object.__setattr__(self, "weights", digest[:16])
+        object.__setattr__(self, "weights", digest(self.net, BUNDLED))
 
     def transform(self, x: Tensor) -> Tensor:
         """Images [B, 1, H, W] in [0, 1], purified."""
@@ -84,11 +81,7 @@ class PixelDefend(Defense):
 
     def _density(self, device: torch.device) -> PixelCNN:
         """The density in double precision, kept from call to call."""
-        kept: PixelCNN | None = self.__dict__.get("_kept")
-        if kept is None:
-            net = load_generative(BUNDLED) if self.net is None else copy.deepcopy(self.net)
-            if not isinstance(net, PixelCNN):
-                raise UsageError(f"{BUNDLED} is no PixelCNN but a {type(net).__name__}. Install Mohs again.")
-            kept = net.double().eval().requires_grad_(False)
-            object.__setattr__(self, "_kept", kept)
-        return kept.to(device)
+        net = kept(self, self.net, BUNDLED, torch.float64, device)
+        if not isinstance(net, PixelCNN):
+            raise UsageError(f"{BUNDLED} is no PixelCNN but a {type(net).__name__}. Install Mohs again.")
+        return net

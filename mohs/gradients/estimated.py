@@ -145,7 +145,7 @@ def reparameterize(model: nn.Module, decode: Callable[[Tensor], Tensor]) -> nn.M
 
     Args:
         model: the classifier of x.
-        decode: differentiable, [B, ...] to inputs [B, ...].
+        decode: differentiable, [B, ...] to inputs [B, ...]; of a function records hold the name alone, of a module its weights.
 
     >>> net = nn.Linear(2, 2).eval()
     >>> latent = reparameterize(net, torch.tanh)
@@ -167,3 +167,10 @@ class _Reparameterized(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.model(self.decode(z))
+
+    def extra_repr(self) -> str:
+        """What a record names; a module is listed, with its weights, among the parts."""
+        if isinstance(self.decode, nn.Module):
+            return ""
+        named = self.decode if hasattr(self.decode, "__qualname__") else type(self.decode)
+        return f"decode={named.__module__}.{named.__qualname__}"

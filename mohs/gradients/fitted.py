@@ -61,7 +61,7 @@ def kinds(came: Tensor, went: Tensor) -> tuple[str, ...]:
     >>> kinds(torch.zeros(1, 3, 8, 8), torch.zeros(1, 6, 4, 4)), kinds(torch.zeros(1, 5), torch.zeros(1, 7))
     (('pointwise', 'local', 'linear'), ('linear', 'hidden'))
     """
-    if len(came) != len(went) or not came.is_floating_point() or not went.is_floating_point():
+    if not len(came) or len(came) != len(went) or not came.is_floating_point() or not went.is_floating_point():
         return ()
     small = came[0].numel() * went[0].numel() <= LARGEST
     if came.dim() == went.dim() == 4:

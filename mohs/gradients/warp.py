@@ -20,8 +20,8 @@ class Warp(nn.Module):
     """What ``Affine`` and ``Flow`` share: a decoder from latents to warped images of a known set.
 
     A latent is a row [1 + parameters]: the number of its image, times ``SPACING``, then the parameters of the warp in units of
-    their limits. So each row knows its own clean image, in whatever order and batch it comes: the decoder rounds the number,
-    which no change below half of the spacing moves, and whose gradient is zero.
+    their limits. So each row says which image it belongs to, in whatever order and batch it comes: the decoder rounds the
+    number, which no change below half of the spacing moves, and whose gradient is zero.
 
     ``clean`` [N, 1 + parameters] are the latents of the images themselves, ``threat`` allows each parameter its limit.
     """
@@ -33,7 +33,13 @@ class Warp(nn.Module):
         if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
             what = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
             raise UsageError(f"A warp needs floating-point images [N, C, H, W]; got {what}.")
-        self.register_buffer("images", images.detach().clone(), persistent=False)
+        if torch.finfo(images.dtype).bits < 32:
+            raise UsageError(
+                f"A warp needs images in float32 or float64; got {images.dtype}, which cannot hold the numbers of the images. Convert "
+                "them, and put the cast to a lower precision into the model."
+            )
+        # a part of the weights: two sets of images are two models, and a record must tell them apart
+        self.register_buffer("images", images.detach().clone())
         self.parameters_count = parameters
         self.eval()
 
@@ -53,8 +59,10 @@ class Warp(nn.Module):
         """The warped images [B, C, H, W] of latents [B, 1 + parameters].
 
         Raises:
-            ModelError: latents of another width, or of an image that is not there.
+            ModelError: latents of another width or below float32, or of an image that is not there.
         """
+        if not latent.is_floating_point() or torch.finfo(latent.dtype).bits < 32:
+            raise ModelError(f"Latents of a warp are float32 or float64; got {latent.dtype}. Begin at its `clean`.")
         if latent.dim() != 2 or latent.shape[1] != 1 + self.parameters_count:
             raise ModelError(
                 f"Latents of this warp are rows of {1 + self.parameters_count} numbers; got shape {tuple(latent.shape)}. Begin at "
