@@ -54,15 +54,6 @@ A random defense is broken at an example, for 'declared' and 'withheld', where a
 draws; for 'hand-made' the majority of 20 suffices. How much of 4.0 beside 0.4 (random-resize-pad) comes from that was not measured.
 The two rows with lid were measured with a detector fitted on other test images, and 'naive' climbing all eleven logits. Rows that are
 not listed have not been measured on as many images.
-
-By hand at 100 images (the two generative defenses, Linf 0.1; the net behind them alone: 87%, 2% under a full PGD of 40 steps):
-
-    pixel-defend        clean 89%, that PGD's points 14%, 20 steps of PGD past it (identity) 11%, 40 steps 12%
-    defense-gan:50:2    clean 79% (majority of 3 draws), 40 steps of PGD past it (identity) 57%, 60 of mohs.attacks.Latent 45%
-
-Both give no gradient of their own, so 'naive' is 'clean'. Asked for the smallest L2 change with fixed starts (seed=0), Latent finds one
-for each of the 77 images that are right there, median 3.62, no farther than Defense-GAN's own reconstruction (3.73); under
-fresh starts 34 of the 77 stay wrong, as so short a descent ends elsewhere.
 """
 
 from __future__ import annotations
