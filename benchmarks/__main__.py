@@ -33,6 +33,7 @@ from . import (
     robust,
     simulations,
     strength,
+    walls,
 )  # fmt: skip
 from .peers import LIBRARIES
 from .subjects import BUNDLED_DATA, BUNDLED_NETS, Options, load_text, setup
@@ -45,6 +46,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[str]]] = {
     "import": imports.run,
     "autoattack": autoattack.run,
     "minimum": minimum.run,
+    "walls": walls.run,
     "peer_bugs": peer_bugs.run,
     "exact": exact.run,
     "memory": memory.run,
@@ -73,14 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default=BUNDLED_DATA, help="28 x 28 grey images as `mohs run` takes them")
     parser.add_argument("--threads", type=_count, help="torch threads (default: torch's own choice)")
     parser.add_argument("--out", type=Path, help="write the page to this file too")
-    parser.add_argument("--json", type=Path, help="write the rows of autoattack, minimum, exact ... to this file")
-    more = parser.add_argument_group("autoattack, minimum, exact")
+    parser.add_argument(
+        "--json", type=Path, help="write the rows of autoattack, minimum, walls, exact ... to this file"
+    )
+    more = parser.add_argument_group("autoattack, minimum, walls, exact")
     more.add_argument("--subjects", default=",".join(robust.SUBJECTS), help="robust nets (default: all that are there)")
-    more.add_argument("--norms", "--norm", default="linf,l2,l1,l0", help="of minimum and exact (default: all four)")
-    more.add_argument("--attacks", default="", help="ours, of minimum and exact (default: every one that fits)")
-    more.add_argument("--passes", type=_count, default=200, help="of minimum, per image (default 200)")
     more.add_argument(
-        "--patience", type=_count, default=60, help="CPU seconds an attack may take in minimum (default 60)"
+        "--norms", "--norm", default="linf,l2,l1,l0", help="of minimum, walls and exact (default: all four)"
+    )
+    more.add_argument("--attacks", default="", help="ours, of minimum, walls and exact (default: every one that fits)")
+    more.add_argument("--passes", type=_count, default=200, help="of minimum and walls, per image (default 200)")
+    more.add_argument(
+        "--patience", type=_count, default=60, help="CPU seconds an attack may take in minimum and walls (default 60)"
     )
     more.add_argument("--plans", default="", help="ours, of autoattack (default: all that are built in)")
     more.add_argument("--aa-cache", type=Path, help="results of AutoAttack are taken from here, or put here")

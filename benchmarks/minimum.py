@@ -104,10 +104,12 @@ def run(options: Options) -> Iterator[str]:
 def _compare(subject: RobustSubject, norm: str, options: Options) -> Iterator[str]:
     found: dict[str, Found] = {}
     failures = []
-    for name, attack in {**ours(norm, options.attacks), **_theirs(norm, options)}.items():
+    for name, attack in {**ours(norm, options.attacks), **theirs(norm, options)}.items():
         budget = 2 * options.passes if name == TWICE else options.passes
         try:
-            found[name] = measured(attack, subject, NORMS[norm], budget, options.patience, relay=name in (RELAY, TWICE))
+            relay = name in (RELAY, TWICE)
+            steps = budget if relay else fitting(attack, subject, budget, options.patience)
+            found[name] = measured(attack, subject, NORMS[norm], steps, options.patience)
         except TooSlow:
             failures.append(f"{name} left out: more than {options.patience} s.")
         except Exception as error:  # a peer may fail in any way, and so may an attack under construction
@@ -164,14 +166,22 @@ def _row(name: str, f: Found, common: Tensor) -> list[object]:
     ]  # fmt: skip
 
 
-def measured(
-    attack: Run, subject: RobustSubject, norm: float, budget: int, patience: float, relay: bool = False
-) -> Found:
-    """Run an attack with the steps that the budget of passes per row allows (a relay takes the passes themselves); everything
-    counted, scored and timed."""
-    few = subject.take(PROBED)
-    steps = budget if relay else budget // 2
-    for _ in range(0 if relay else 4):  # an attack may cost anything per step, its start as much as its steps
+def measured(attack: Run, subject: RobustSubject, norm: float, steps: int, patience: float) -> Found:
+    """Run an attack with so many steps (a relay takes passes for steps); everything counted, scored and timed."""
+    start = time.process_time()
+    counted = Patient(subject.net, patience)
+    x = attack(counted, subject.x, subject.y, steps)
+    seconds = time.process_time() - start
+    if seconds > patience:
+        raise TooSlow
+    passes = (counted.forwards + counted.backwards) / len(subject.x)
+    return Found(sizes(subject, x, norm), passes, steps, seconds)
+
+
+def fitting(attack: Run, subject: RobustSubject, budget: int, patience: float) -> int:
+    """How many steps cost about ``budget`` passes a row, found on a few rows."""
+    few, steps = subject.take(PROBED), budget // 2
+    for _ in range(4):  # an attack may cost anything per step, its start as much as its steps
         counted = Patient(subject.net, patience / 4, 3 * budget * len(few.x))
         try:
             attack(counted, few.x, few.y, steps)
@@ -182,14 +192,7 @@ def measured(
         if 0.9 * budget <= passes <= 1.05 * budget:
             break
         steps = min(max(1, math.floor(steps * budget / passes)), budget)
-    start = time.process_time()
-    counted = Patient(subject.net, patience)
-    x = attack(counted, subject.x, subject.y, steps)
-    seconds = time.process_time() - start
-    if seconds > patience:
-        raise TooSlow
-    passes = (counted.forwards + counted.backwards) / len(subject.x)
-    return Found(sizes(subject, x, norm), passes, steps, seconds)
+    return steps
 
 
 def sizes(subject: RobustSubject, x: Tensor, norm: float) -> Tensor:
@@ -243,7 +246,7 @@ def _relay(threat: Threat, model: nn.Module, x: Tensor, y: Tensor, passes: int) 
     return mohs.minimum_norm(model, x, y, threat, passes=passes, seed=SEED).x
 
 
-def _theirs(norm: str, options: Options) -> dict[str, Run]:
+def theirs(norm: str, options: Options) -> dict[str, Run]:
     found: dict[str, Run] = {}
     for library, attacks in MINIMUM[norm].items():
         if library in options.libraries and peers.missing(library) is None:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import mohs
 from benchmarks import __main__ as command
-from benchmarks import autoattack, exact, minimum, nets, peers, reference
+from benchmarks import autoattack, exact, minimum, nets, peers, reference, walls
 from benchmarks.measure import Counted
 from benchmarks.robust import RobustSubject
-from mohs.attacks import PGD, DeepFool
+from benchmarks.subjects import Options
+from mohs.attacks import DDN, PGD, DeepFool
 
 NORMS = ("linf", "l2", "l1", "l0")
 
@@ -120,7 +121,7 @@ def test_budget_of_passes_is_met_whatever_a_step_costs(cost: int) -> None:
                 model(x)
         return x
 
-    found = minimum.measured(attack, given, 2.0, 100, patience=60)
+    found = minimum.measured(attack, given, 2.0, minimum.fitting(attack, given, 100, patience=60), patience=60)
     assert 80 <= found.passes <= 105
     assert found.steps * cost == found.passes or cost == 1
     assert found.median == math.inf or len(given.x) > 12
@@ -140,6 +141,24 @@ def test_ours_serve_the_norm_they_are_asked_for() -> None:
     assert "mohs DeepFool" in minimum.ours("l2")
     assert "mohs DeepFool" not in minimum.ours("l0")
     assert not any("PGD" in name for name in minimum.ours("linf", ("PGD",)))  # it needs a radius
+
+
+def test_walls_pair_an_attack_with_every_peer_that_has_it() -> None:
+    pairs = {(mine, peer) for mine, (peer, _) in walls.pairs("l2", Options(attacks=("DDN", "TrustRegion")))}
+    assert pairs <= {("DDN", "adv-lib DDN"), ("DDN", "foolbox DDN"), ("TrustRegion", "adv-lib TR")}
+    assert len(pairs) == sum(peers.missing(name) is None for name in ("adv-lib", "foolbox", "adv-lib"))
+
+
+def test_walls_time_both_sides_of_the_same_problem() -> None:
+    given = subject().correct()
+
+    def peer(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
+        return mohs.attack(DDN(steps=steps), model, x, y, "l2:inf", seed=0).x
+
+    cells = walls.compared(given, "l2", "DDN", peer, Options(passes=20, repeats=2))
+    assert cells[0] == "1.000"
+    ours, theirs = str(cells[-2]).split(" / ")
+    assert ours == theirs
 
 
 def test_stages_are_told_apart() -> None:
