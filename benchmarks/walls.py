@@ -11,11 +11,11 @@ from .minimum import NORMS, RELAY, SAME, TWICE, Found, Run, TooSlow, fitting, me
 from .robust import RobustSubject, available
 from .subjects import Options
 
-HEAD = ["norm", "attack", "peer", "median size", "wall", "seconds, ours", "seconds, peer", "passes", "steps"]
+HEAD = ["attack", "peer", "median size", "wall", "seconds, ours", "seconds, peer", "passes", "steps"]
 
 
 def run(options: Options) -> Iterator[str]:
-    """One table per net."""
+    """One table per net and norm."""
     yield "## Wall time of single attacks"
     yield (
         f"Each attack and each public implementation of the same one, with as many steps as about {options.passes} passes per "
@@ -27,21 +27,26 @@ def run(options: Options) -> Iterator[str]:
     chosen, absent = available(options.subjects, 2 * options.robust_rows)
     yield from absent
     for subject in (s.correct().take(options.robust_rows) for s in chosen):
-        rows: list[list[object]] = []
-        failures: list[str] = []
         for norm in options.norms:
-            for name, peer in pairs(norm, options):
-                try:
-                    rows.append([norm, name, peer[0], *compared(subject, norm, name, peer[1], options)])
-                except TooSlow:
-                    failures.append(f"{norm}: {name} beside {peer[0]} left out: more than {options.patience} s.")
-                except Exception as error:  # a peer may fail in any way
-                    said = " ".join(str(error).split())[:200]
-                    failures.append(f"{norm}: {name} beside {peer[0]} failed: {type(error).__name__}: {said}")
-                subject.net.zero_grad(set_to_none=True)
-        options.keep("walls", [{"net": subject.name, **dict(zip(HEAD, row, strict=True))} for row in rows])
-        yield f"**{subject.name}**, {len(subject.x)} correctly classified images:\n\n{table(HEAD, rows)}"
-        yield from failures
+            yield from _walls(subject, norm, options)
+
+
+def _walls(subject: RobustSubject, norm: str, options: Options) -> Iterator[str]:
+    rows: list[list[object]] = []
+    failures: list[str] = []
+    for mine, (label, peer) in pairs(norm, options):
+        try:
+            rows.append([mine, label, *compared(subject, norm, mine, peer, options)])
+            options.keep("walls", [{"net": subject.name, "norm": norm, **dict(zip(HEAD, rows[-1], strict=True))}])
+        except TooSlow:
+            failures.append(f"{mine} beside {label} left out: more than {options.patience} s.")
+        except Exception as error:  # a peer may fail in any way
+            said = " ".join(str(error).split())[:200]
+            failures.append(f"{mine} beside {label} failed: {type(error).__name__}: {said}")
+        subject.net.zero_grad(set_to_none=True)
+    if rows:
+        yield f"**{subject.name}**, {norm}, {len(subject.x)} correctly classified images:\n\n{table(HEAD, rows)}"
+    yield from failures
 
 
 def pairs(norm: str, options: Options) -> Iterator[tuple[str, tuple[str, Run]]]:
