@@ -13,6 +13,7 @@ are the net trained against PGD, which must keep its robustness, and it behind a
     hand-made   PGD, 100 steps of the margin, with the stand-in the defense declares and the mean of 10 evaluations where it is random
     declared    Mohs's plan, told what the defense declares
     withheld    the same on the model as an opaque module: no layer and no declaration can be seen
+    obfuscation what Athalye et al. would call the gradients, by what helped against them: shattered, stochastic, vanishing
     through     where the attacks of 'withheld' took their gradients, and which checks led there
 
 The defenses against patches stand before the same net under a threat of their own (PATCHES), beside the net without them; there
@@ -78,7 +79,7 @@ from mohs.threat import Threat
 THREAT = Threat.parse("linf:0.1")
 DRAWS = 20
 SINGLE = (
-    "bit-depth:3", "jpeg:75", "gaussian-blur", "mean-blur", "median-blur", "total-variation", "non-local-means", "quilting",
+    "bit-depth:3", "jpeg:75", "gaussian-blur", "mean-blur", "median-blur", "total-variation", "non-local-means",
     "crop-ensemble:10", "random-resize-pad", "noise-input:0.1", "activation-pruning", "gradient-noise", "gradient-truncation",
     "detach", "logit-rounding:1", "logit-scale:100", "double-softmax", "k-winners", "bit-depth:3,jpeg:75",
     "noise-input:0.1,bit-depth:3", "pixel-defend", "defense-gan:50:2",
@@ -91,7 +92,7 @@ PATCHES = dict.fromkeys(
 )
 """Rows with a threat of their own."""
 EXPECTED = (frozenset(SINGLE) | frozenset(PATCHES) | {"thermometer:16", "defensive-perturbation", "lid", "bit-depth:4, lid"}) - {
-    "random-resize-pad", "noise-input:0.1", "activation-pruning", "k-winners", "crop-ensemble:10", "quilting",
+    "random-resize-pad", "noise-input:0.1", "activation-pruning", "k-winners", "crop-ensemble:10",
     "noise-input:0.1,bit-depth:3", "defense-gan:50:2",
 }  # fmt: skip
 PUBLISHED = {
@@ -155,6 +156,12 @@ def lid() -> nn.Module:
     return defenses.LID().fit(net, data.x, found.x, found.success).eval()
 
 
+def quilted() -> nn.Module:
+    """Images built anew from 2,000 patches of training images (the paper: a million), one of the three nearest at each place."""
+    bank = load(TRAINING, split="train", n=1024).x
+    return defenses.Quilting.of(bank, patches=2000, neighbours=3)(natural()).eval()
+
+
 def several(kind: type[defenses.Defense]) -> Callable[[], nn.Module]:
     """An ensemble of the bundled net and two smaller ones."""
     return lambda: kind()(natural(), trained(1), trained(2)).eval()
@@ -167,6 +174,7 @@ LEARNT: dict[str, Callable[[], nn.Module]] = {
     "mean-probabilities of 3": several(defenses.MeanProbabilities),
     "majority-vote of 3": several(defenses.MajorityVote),
     "reject-disagreement of 3": several(defenses.RejectDisagreement),
+    "quilting": quilted,
     "lid": lid,
     "bit-depth:4, lid": lambda: defenses.BitDepth(4)(lid()).eval(),
 }
@@ -269,11 +277,14 @@ def row(name: str, make: Callable[[], nn.Module], data: Dataset, plan: str) -> d
     hidden = mohs.evaluate(
         Opaque(make()).eval(), data, threat, plan=plan, control=0, adaptive="blind", reject=_rejects(model, data)
     )
-    chosen = next((t.name for t in hidden.header.tactics if t.chosen), "as they are")
+    chosen = next((t for t in hidden.header.tactics if t.chosen), None)
+    kinds = [chosen.against] if chosen is not None and chosen.against else []
     return {
         "defense": name, "clean": clean(model, data, threat), "naive": by_hand(model, data, threat, honest=False),
         "hand-made": by_hand(model, data, threat, honest=True), "declared": said.robust_accuracy,
-        "withheld": hidden.robust_accuracy, "through": chosen,
+        "withheld": hidden.robust_accuracy,
+        "type": ", ".join(dict.fromkeys([*kinds, *(["stochastic"] if random else [])])) or "none",
+        "through": "as they are" if chosen is None else chosen.name,
         "checks": [f.id for f in hidden.header.checks if f.severity in ("warn", "block")],
         "published": PUBLISHED.get(name, ""), "expected": name in EXPECTED,
     }  # fmt: skip
@@ -288,13 +299,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the rows as JSON")
     given = parser.parse_args()
     data, rows = load("bundled:fashion-mnist", n=given.rows), []
-    print("| defense | clean | naive | hand-made | declared | withheld | through; checks | published |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| defense | clean | naive | hand-made | declared | withheld | obfuscation | through; checks | published |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, make in subjects(given.only).items():
         rows.append(found := row(name, make, data.take(min(len(data), FEWER.get(name, len(data)))), given.plan))
         shares = " | ".join(f"{found[key]:.1%}" for key in ("clean", "naive", "hand-made", "declared", "withheld"))
         print(
-            f"| {name} | {shares} | {found['through']}; {', '.join(found['checks'])} | {found['published']} |",
+            f"| {name} | {shares} | {found['type']} | {found['through']}; {', '.join(found['checks'])} | {found['published']} |",
             flush=True,
         )
     if given.out:
