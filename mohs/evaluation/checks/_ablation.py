@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from mohs.evaluation.checks._obstacles import closed, gradientless, stepless, unless, whole
 from mohs.evaluation.checks._review import LUCK, MOST, Review
 from mohs.evaluation.checks._seen import Seen, ok
 from mohs.records.stats import clopper_pearson
-from mohs.threat import Access
 
 
+@unless(closed, gradientless, stepless, whole)
 def ablation(review: Review) -> Seen:
     """Does the defense account for the robustness? The strongest attack on the model without it, on at most 32 examples."""
-    found = _without(review)
-    if isinstance(found, str):
-        return Seen("info", f"not tested: {found}")
-    inner, names = found
     assert review.strongest is not None
-    attack = review.strongest[1]
+    assert review.inner is not None
+    (_, attack), (inner, names) = review.strongest, review.inner
     rows = review.near(MOST, review.record.correct)
     bare = review.tried(attack, rows, guide=inner, model=inner)
     broken, n = int(bare.success.sum()), len(rows)
@@ -34,14 +30,12 @@ def ablation(review: Review) -> Seen:
     return ok(saw, "The defense makes no difference that could be measured.")
 
 
+@unless(closed, gradientless, stepless, whole)
 def transfer(review: Review) -> Seen:
     """Do points that fool the model without its defense fool the model where its own gradients led nowhere?"""
-    found = _without(review)
-    if isinstance(found, str):
-        return Seen("info", f"not tested: {found}")
-    inner, names = found
     assert review.strongest is not None
-    attack = review.strongest[1]
+    assert review.inner is not None
+    (_, attack), (inner, names) = review.strongest, review.inner
     rows = review.near(review.afford(3 * attack.steps, most=16))
     if not len(rows):
         return ok("there are no survivors")
@@ -56,14 +50,3 @@ def transfer(review: Review) -> Seen:
         "The undefended net gives better directions than the defended model itself: the defense hides gradients.",
         "Attack with that net as a guide, mohs.attack(..., guide=inner), or with a stand-in for the defense (mohs.gradients).",
     )  # fmt: skip
-
-
-def _without(review: Review) -> tuple[nn.Module, str] | str:
-    if review.closed:
-        return review.closed
-    if review.threat.access < Access.GRADIENT:
-        return "the threat grants no gradients"
-    if review.strongest is None:
-        return "the plan has no attack whose steps can be set"
-    found = review.inner
-    return "nothing could be left out that leaves a classifier" if found is None else found

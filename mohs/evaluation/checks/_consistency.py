@@ -5,9 +5,9 @@ from __future__ import annotations
 from mohs.attacks import Square
 from mohs.attacks.run import refused_norm
 from mohs.evaluation._random_points import RandomPoints
+from mohs.evaluation.checks._obstacles import closed, scoreless, uncertain, unless, unsighted
 from mohs.evaluation.checks._review import LUCK, Review
-from mohs.evaluation.checks._seen import Seen, ok
-from mohs.threat import Access
+from mohs.evaluation.checks._seen import Seen, ok, untested
 
 MASKED = 0.02
 """Share of the control subset that only attacks without gradients may break (two examples at least)."""
@@ -15,10 +15,9 @@ FAMILIES = 3
 """Kinds of attacks that a plan should have."""
 
 
+@unless(unsighted)
 def masking(review: Review) -> Seen:
     """Do attacks without gradients break what those with gradients do not? No pass where the plan has both; else a short Square."""
-    if not review.sighted:
-        return Seen("info", "not tested: the plan has no iterative attack with gradients")
     gradients = review.won(review.sighted)
     if review.blind and len(review.control):
         only = review.won(review.blind)[review.control] & ~gradients[review.control]
@@ -26,8 +25,8 @@ def masking(review: Review) -> Seen:
         what = f"of the control subset, attacks without gradients break {new} of {n} examples that those with gradients do not"
     else:
         search = Square(steps=200)
-        if reason := review.closed or refused_norm(search, review.threat) or _scoreless(review):
-            return Seen("info", f"not tested: {reason}")
+        if reason := review.closed or refused_norm(search, review.threat) or scoreless(review):
+            return untested(reason)
         rows = review.near(review.afford(search.steps, most=16), review.record.correct & ~gradients)
         if not len(rows):
             return ok("the attacks with gradients broke everything")
@@ -48,12 +47,9 @@ def masking(review: Review) -> Seen:
     )  # fmt: skip
 
 
+@unless(closed, uncertain)
 def random_points(review: Review) -> Seen:
     """Do random points of the region break what attacks did not? 25 forwards for each of at most 32 survivors."""
-    if reason := review.closed:
-        return Seen("info", f"not tested: {reason}")
-    if review.threat.draws:
-        return Seen("info", "not tested: of many looks at a random model some win by luck")
     looks = RandomPoints()
     rows = review.near(review.afford(looks.steps))
     if not len(rows):
@@ -75,7 +71,7 @@ def aims(review: Review) -> Seen:
     aimed = [a for a in able if review.steps[a][0].aims]
     free = [a for a in able if not review.steps[a][0].aims]
     if not aimed or not free or not len(review.control):
-        return Seen("info", "not tested: it takes a control subset and attacks both with and without aims")
+        return untested("it takes a control subset and attacks both with and without aims")
     towards, away = review.won(aimed)[review.control], review.won(free)[review.control]
     only, other, n = int((towards & ~away).sum()), int((away & ~towards).sum()), len(review.control)
     saw = f"of {n} examples of the control subset, {only} were broken only towards single classes and {other} only without an aim"
@@ -103,7 +99,3 @@ def families(review: Review) -> Seen:
         "info", saw, "Attacks of one kind fail together, so that none of them failing says little more than one failing.",
         "Take a plan with several kinds, one of them without gradients: 'standard' has five.",
     )  # fmt: skip
-
-
-def _scoreless(review: Review) -> str:
-    return "" if review.threat.access >= Access.SCORE else "the threat grants no scores"

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from mohs.attacks import FGSM
 from mohs.attacks.run import refused_norm
+from mohs.evaluation.checks._obstacles import closed, gradientless, nobody, stepless, uncertain, unless, unsighted
 from mohs.evaluation.checks._review import LUCK, MOST, Review
-from mohs.evaluation.checks._seen import Seen, ok
+from mohs.evaluation.checks._seen import Seen, ok, untested
 from mohs.records.stats import clopper_pearson
 from mohs.regions import L0
-from mohs.threat import Access
 
 MOVED = 0.05
 """Share of the whole way of the objective, from the clean input to the best point, that twice the steps may still add."""
@@ -22,10 +22,9 @@ PEERS = 0.9
 """Attacks that break so large a share of what the strongest breaks count as tries of one kind."""
 
 
+@unless(closed, uncertain, stepless, nobody)
 def optimisation(review: Review) -> Seen:
     """Do twice the steps change anything for the survivors nearest to breaking? At most a hundredth of the plan's passes, or 6 rows."""
-    if reason := _not_now(review):
-        return Seen("info", f"not tested: {reason}")
     attack, manner = review.longer(), review.manner
     rows = review.near(review.afford(2 * attack.steps * manner["restarts"] * max(manner["aims"], 1), most=16))
     found = review.tried(attack, rows, **manner)
@@ -48,15 +47,14 @@ def optimisation(review: Review) -> Seen:
     )  # fmt: skip
 
 
+@unless(closed, uncertain, stepless, nobody)
 def restarts(review: Review) -> Seen:
     """Do more restarts change anything for the survivors nearest to breaking? And how many of the control subset did a single
     attack of the plan find (Good and Turing)?"""
-    if reason := _not_now(review):
-        return Seen("info", f"not tested: {reason}")
     assert review.strongest is not None
     attack = review.strongest[1]
     if not getattr(attack, "random", True):
-        return Seen("info", f"not tested: {type(attack).__name__} draws nothing, so a restart would repeat it")
+        return untested(f"{type(attack).__name__} draws nothing, so a restart would repeat it")
     manner = review.manner
     rows = review.near(review.afford(2 * TRIES * attack.steps * max(manner["aims"], 1), most=16))
     new = int(review.tried(attack, rows, other=1, **manner | {"restarts": TRIES}).success.sum())
@@ -82,12 +80,11 @@ def restarts(review: Review) -> Seen:
     )  # fmt: skip
 
 
+@unless(closed, gradientless, unsighted)
 def one_step(review: Review) -> Seen:
     """Does a single step break what iterations did not? 3 passes for each of at most 64 survivors of the iterative attacks."""
-    if reason := review.closed or _gradientless(review):
-        return Seen("info", f"not tested: {reason}")
-    if refused_norm(FGSM(), review.threat) or not review.sighted:
-        return Seen("info", "not tested: the plan has no iterative attack with gradients")
+    if reason := refused_norm(FGSM(), review.threat):
+        return untested(reason)
     rows = review.near(64, review.record.correct & ~review.won(review.sighted))
     if not len(rows):
         return ok("the iterative attacks broke everything")
@@ -106,19 +103,19 @@ def one_step(review: Review) -> Seen:
     )  # fmt: skip
 
 
+@unless(closed, stepless)
 def unbounded(review: Review) -> Seen:
     """Does the attack succeed where the radius allows to become another image? About 20 passes for each of 32 examples."""
-    if reason := review.closed:
-        return Seen("info", f"not tested: {reason}")
-    if review.strongest is None or review.threat.region.eps == 0:
-        return Seen("info", "not tested: the plan has no attack whose radius can be set")
+    if review.threat.region.eps == 0:
+        return untested("a radius of 0 allows no change")
+    assert review.strongest is not None
     attack = review.strongest[1]
     rows = review.near(
         MOST, review.record.correct
     )  # of all that are right: what was broken within the radius says no less
     rows, radii = _far(review, rows)
     if not len(rows):
-        return Seen("info", "not tested: no example of another class within the sample")
+        return untested("no example of another class within the sample")
     found = review.tried(attack, rows, eps=radii)
     left, chance = int((~found.success).sum()), 1 / max(review.run.classes, 2)
     saw = (
@@ -154,18 +151,3 @@ def _far(review: Review, rows: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(region, L0):
         radius = radius.round()
     return torch.tensor(kept, dtype=torch.int64, device=run.x.device), radius * (1 + 1e-4)
-
-
-def _gradientless(review: Review) -> str:
-    return "" if review.threat.access >= Access.GRADIENT else "the threat grants no gradients"
-
-
-def _not_now(review: Review) -> str:
-    """Why survivors cannot be tried further; '' if they can."""
-    if review.closed:
-        return review.closed
-    if review.threat.draws:
-        return "answers of a random model are too uncertain to tell a small gain from luck"
-    if review.strongest is None:
-        return "the plan has no attack at a fixed radius whose steps can be set"
-    return "" if review.alive.any() else "there are no survivors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mohs.errors import rows_text
 from mohs.evaluation.checks._probe import Probe
-from mohs.evaluation.checks._seen import Seen, Severity, ok
+from mohs.evaluation.checks._seen import Seen, Severity, ok, untested
 from mohs.models import BlackBox
 from mohs.objectives import plain_cross_entropy
 from mohs.problem import Goal
@@ -64,7 +64,7 @@ def no_gradient(probe: Probe) -> Seen:
 def zero_gradient(probe: Probe) -> Seen:
     """Is the gradient finite, and not zero? Shares the passes of ``no_gradient``."""
     if probe.graph_error:
-        return Seen("info", "not tested: there is no gradient")
+        return untested("there is no gradient")
     own, likelihood = probe.gradients
     bad = (~own.isfinite().all(1) | ~likelihood.isfinite().all(1)).nonzero().flatten().tolist()
     white = probe.threat.access >= Access.GRADIENT

@@ -18,6 +18,11 @@ class Seen:
     remedy: str = ""
 
 
+def untested(reason: str) -> Seen:
+    """Could not be looked at, and why."""
+    return Seen("info", f"not tested: {reason}")
+
+
 def ok(saw: str, means: str = "") -> Seen:
     """Nothing to worry about."""
     return Seen("ok", saw, means)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mohs.evaluation.checks._probe import Probe
-from mohs.evaluation.checks._seen import Seen, ok
+from mohs.evaluation.checks._seen import Seen, ok, untested
 from mohs.problem import Goal
 from mohs.regions import L0, L2, Patch, per_row
 
@@ -19,11 +19,11 @@ quarters of the rows keep 0.44 or more, and three quarters gain no more than 1.0
 def kept_promise(probe: Probe) -> Seen:
     """Does a step along the gradient gain what the gradient promises? 1 pass; of a random model, the mean of 20 each."""
     if probe.graph_error:
-        return Seen("info", "not tested: there is no gradient")
+        return untested("there is no gradient")
     own = probe.gradients[0]
     able = own.isfinite().all(1) & (own != 0).any(1)
     if not bool(able.any()):
-        return Seen("info", "not tested: every gradient is zero or not finite")
+        return untested("every gradient is zero or not finite")
     kept = promise_kept(probe)[able].nan_to_num_(nan=0.0)
     low, middle, high = kept.quantile(kept.new_tensor([0.25, 0.5, 0.75])).tolist()
     saw = (

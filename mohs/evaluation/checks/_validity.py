@@ -8,8 +8,9 @@ from collections import defaultdict
 import numpy as np
 import torch
 
+from mohs.evaluation.checks._obstacles import closed, unless
 from mohs.evaluation.checks._review import CONFIRM, Review, fools
-from mohs.evaluation.checks._seen import Seen, ok
+from mohs.evaluation.checks._seen import Seen, ok, untested
 from mohs.records.schema import CurvePoint
 from mohs.records.stats import clopper_pearson
 from mohs.regions import Lp
@@ -53,10 +54,9 @@ def feasible(review: Review) -> Seen:
     )  # fmt: skip
 
 
+@unless(closed)
 def rescored(review: Review) -> Seen:
     """Does the model still answer stored points wrongly, in other company? One forward for at most 64 points of each attack."""
-    if review.closed:
-        return Seen("info", f"not tested: {review.closed}")
     run, looked, right = review.run, 0, []
     for index in review.attacks:
         ids, points, _ = _stored(review, index)
@@ -88,9 +88,7 @@ def eight_bit(review: Review) -> Seen:
     sample = run.x[: min(len(run.x), 64)]
     grid = sample * 255
     if review.closed or review.threat.draws or box != (0.0, 1.0) or bool((grid - grid.round()).abs().max() > 1e-3):
-        return Seen(
-            "info", "not tested: the inputs are no images of 8 bits in [0, 1], or the model is random or closed"
-        )
+        return untested("the inputs are no images of 8 bits in [0, 1], or the model is random or closed")
     kept = looked = 0
     for index in review.attacks:
         ids, points, inputs = _stored(review, index)
@@ -155,7 +153,7 @@ def radii(curve: list[CurvePoint]) -> Seen:
     n = max((p.n for p in points), default=0)
     lost, counted = max((p.lost for p in points), default=0), len(points)
     if counted < 2:
-        return Seen("info", "not tested: there is no curve of accuracy against radius")
+        return untested("there is no curve of accuracy against radius")
     ladder = f"{counted} radii, {points[0].eps:.4g} to {points[-1].eps:.4g}"
     saw = f"at most {lost} of {n} examples were broken at one of {ladder}, and not at a larger one"
     flat = points[0].survived == points[-1].survived and points[0].survived > 0.1 * n
