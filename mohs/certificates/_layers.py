@@ -13,6 +13,7 @@ is wrong by at most gamma_m |A| |W|, which acts on a by at most gamma_m |A| (|W|
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ class ReLU:
         self.in_shape = self.out_shape = shape
 
 
-class Affine:
+class Affine(ABC):
     """z = W a + b on examples of ``in_shape``; subclasses say what W is.
 
     Args:
@@ -88,17 +89,17 @@ class Affine:
         self.in_shape, self.out_shape = in_shape, out_shape
         self.fan_in, self.fan_out, self.largest = fan_in, fan_out, largest
 
+    @abstractmethod
     def linear(self, v: Tensor) -> Tensor:
         """W v, without the offset."""
-        raise NotImplementedError
 
+    @abstractmethod
     def magnitude(self, v: Tensor) -> Tensor:
         """|W| v for v >= 0, without the offset."""
-        raise NotImplementedError
 
+    @abstractmethod
     def adjoint(self, a: Tensor) -> Tensor:
         """a W for linear functions a [P, *out_shape] of the outputs: [P, *in_shape]."""
-        raise NotImplementedError
 
     def rows(self, outputs: Tensor, like: Tensor) -> Tensor:
         """Rows of W [P, *in_shape] for ``outputs`` [P], flat indices of single outputs; ``like`` for the dtype."""
@@ -106,9 +107,9 @@ class Affine:
         single[torch.arange(len(outputs), device=outputs.device), outputs] = 1.0
         return self.adjoint(single.view(-1, *self.out_shape))
 
+    @abstractmethod
     def offset(self) -> Tensor | None:
         """b, broadcastable to ``out_shape``."""
-        raise NotImplementedError
 
     def offset_magnitude(self) -> Tensor | None:
         """Sum of the magnitudes that b was computed from; |b| when it is stored as such."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from mohs.errors import UsageError
 from mohs.target import classify
 
 
-class Detector(Defense):
+class Detector(Defense, ABC):
     """Rejects the inputs whose score is above a threshold; a subclass has ``fit`` and ``score``.
 
     The logits [B, K + 1] are those of the classifier and, for the rejection, their largest plus the score's excess over the
@@ -47,9 +48,9 @@ class Detector(Defense):
         excess = score - state.threshold
         return torch.cat([logits, (logits.amax(1) + excess).unsqueeze(1)], 1)
 
+    @abstractmethod
     def score(self, classifier: nn.Module, state: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K] and how unusual each input is [B]; differentiable."""
-        raise NotImplementedError
 
     def scores(self, model: nn.Module, x: Tensor, batch: int = 256) -> Tensor:
         """Scores [N] of inputs by a model that ``fit`` returned, without gradients; above its threshold they are rejected."""

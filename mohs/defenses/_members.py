@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from mohs.errors import ModelError, UsageError
 from mohs.target import classify
 
 
-class Ensemble(Defense):
+class Ensemble(Defense, ABC):
     """A defense that asks several models; a subclass says how their logits become one answer."""
 
     def __call__(self, *models: nn.Module) -> nn.Module:
@@ -34,6 +35,6 @@ class Ensemble(Defense):
             raise ModelError(f"The models of an ensemble must have the same classes; these have {classes}.")
         return self.combine(each, guiding)
 
+    @abstractmethod
     def combine(self, each: Sequence[Tensor], guiding: bool) -> Tensor:
         """One answer from the logits [B, K] of each member."""
-        raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ class _Estimated(torch.autograd.Function):
         return ctx.estimate(x, cotangent), None, None
 
 
-class _Around(Guide):
+class _Around(Guide, ABC):
     """Common to both: the value is the model's, the gradient comes from ``draws`` points at Gaussian distance ``sigma``."""
 
     def __init__(self, model: nn.Module, sigma: float, draws: int) -> None:
@@ -53,8 +54,9 @@ class _Around(Guide):
         # a function of the point: rows stay independent, a run can be repeated, and the next point gets other directions
         return streams.normal(streams.point_keys(x), tuple(x.shape[1:]), draw, x.dtype)
 
+    @abstractmethod
     def _estimate(self, x: Tensor, cotangent: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The gradient of <cotangent, logits> at x, [B, ...]."""
 
     def extra_repr(self) -> str:
         return f"sigma={self.sigma:g}, draws={self.draws}"

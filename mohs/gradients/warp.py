@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ SPACING = 4.0
 """How far apart the numbers of two images are: no change of the radius 1 leads from one to another."""
 
 
-class Warp(nn.Module):
+class Warp(nn.Module, ABC):
     """What ``Affine`` and ``Flow`` share: a decoder from latents to warped images of a known set.
 
     A latent is a row [1 + parameters]: the number of its image, times ``SPACING``, then the parameters of the warp in units of
@@ -78,9 +79,9 @@ class Warp(nn.Module):
         grid = self.grid(latent[:, 1:], images)
         return grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
+    @abstractmethod
     def grid(self, z: Tensor, images: Tensor) -> Tensor:
         """Where each pixel's value comes from, [B, H, W, 2], in units of half the image."""
-        raise NotImplementedError
 
 
 class Affine(Warp):
