@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mohs.defenses._backward import changed
 from mohs.defenses._base import Defense
 
 
@@ -32,14 +32,4 @@ class Detach(Defense):
 
     def transform(self, x: Tensor) -> Tensor:
         """Inputs [B, ...] as they are."""
-        return _Nothing.apply(x)
-
-
-class _Nothing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return torch.zeros_like(g)
+        return changed(x, torch.zeros_like)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mohs.defenses._backward import changed
 from mohs.defenses._base import Defense, as_deployed
 from mohs.defenses._scikit import restoration
 from mohs.defenses._settings import images, number
@@ -134,24 +135,12 @@ def saliency(model: nn.Module, x: Tensor) -> Tensor:
     return size / size.amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
-class _Positive(torch.autograd.Function):
-    """Drops what is negative on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g.clamp_min(0)
-
-
 @contextmanager
 def guided(model: nn.Module) -> Iterator[None]:
     """Inside, negative gradients do not pass the model's activation layers."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return _Positive.apply(output)
+        return changed(output, lambda g: g.clamp_min(0))
 
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, ACTIVATIONS)]
     try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from mohs import streams
+from mohs.defenses._backward import changed
 from mohs.defenses._base import Defense
 from mohs.defenses._settings import number
 
@@ -29,6 +28,7 @@ class GradientNoise(Defense):
 
     Cost: none worth naming.
 
+    >>> import torch
     >>> x = torch.ones(1, 4, requires_grad=True)
     >>> y = GradientNoise(10.0).transform(x)
     >>> y.sum().backward()
@@ -47,21 +47,11 @@ class GradientNoise(Defense):
 
     def transform(self, x: Tensor) -> Tensor:
         """Inputs [B, ...] as they are."""
-        return _Noisy.apply(x, self.scale)
+        still = x.detach()
 
+        def noisy(g: Tensor) -> Tensor:
+            size = g.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (g.dim() - 1))
+            keys = streams.derive(streams.point_keys(still), streams.point_keys(g))
+            return g + self.scale * size * streams.normal(keys, tuple(g.shape[1:]), 0, g.dtype)
 
-class _Noisy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.scale = scale
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        size = g.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (g.dim() - 1))
-        noise = streams.normal(
-            streams.derive(streams.point_keys(x), streams.point_keys(g)), tuple(g.shape[1:]), 0, g.dtype
-        )
-        return g + ctx.scale * size * noise, None
+        return changed(x, noisy)

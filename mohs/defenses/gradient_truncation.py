@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from mohs.defenses._backward import changed
 from mohs.defenses._base import Defense
 from mohs.defenses._settings import number
 
@@ -28,6 +27,7 @@ class GradientTruncation(Defense):
 
     Cost: none worth naming.
 
+    >>> import torch
     >>> x = torch.ones(1, 3, requires_grad=True)
     >>> (GradientTruncation(1.0).transform(x) * torch.tensor([0.9, 1.7, -2.2])).sum().backward()
     >>> x.grad.tolist()
@@ -45,15 +45,4 @@ class GradientTruncation(Defense):
 
     def transform(self, x: Tensor) -> Tensor:
         """Inputs [B, ...] as they are."""
-        return _Truncated.apply(x, self.step)
-
-
-class _Truncated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: float) -> Tensor:
-        ctx.step = step
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return (g / ctx.step).trunc() * ctx.step, None
+        return changed(x, lambda g: (g / self.step).trunc() * self.step)
