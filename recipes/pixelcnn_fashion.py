@@ -15,22 +15,20 @@ files under /usr/share/datasets/fashion-mnist.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 
 import torch
+from _generative import DATA, images, main
 from torch import Tensor
 
 from mohs.data import load
-from mohs.models.generative import save_generative
 from mohs.models.pixelcnn import PixelCNN, bits_per_dim
 
 NAME = "fashion-pixelcnn"
 SUMMARY = "Gated PixelCNN of Fashion-MNIST, 5 logistics a pixel, 700 steps: the density behind PixelDefend."
-DATA = "idx:/usr/share/datasets/fashion-mnist"
 SETTINGS = {"width": 24, "mixtures": 5}
-STEPS, BATCH, HOLDOUT, RATE, RISE = 700, 16, 500, 5e-3, 50
+STEPS, BATCH, RATE, RISE = 700, 16, 5e-3, 50
 
 
 def bits(net: PixelCNN, x: Tensor) -> float:
@@ -43,8 +41,7 @@ def bits(net: PixelCNN, x: Tensor) -> float:
 def train(steps: int) -> PixelCNN:
     """The trained net, its weights rounded to float16."""
     torch.manual_seed(0)
-    x = load(DATA, split="train").x
-    watched, x = x[-HOLDOUT:], x[:-HOLDOUT]
+    x, watched = images()
     net = PixelCNN(**SETTINGS)
     adam = torch.optim.Adam(net.parameters(), RATE, betas=(0.9, 0.99))
     order = torch.cat([torch.randperm(len(x)) for _ in range(1 + steps * BATCH // len(x))])
@@ -63,20 +60,11 @@ def train(steps: int) -> PixelCNN:
     return net.half().float().eval()
 
 
-def main() -> None:
-    """Train, measure on the first 1,000 test images, and bundle."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--bundle", action="store_true")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    net = train(given.steps)
-    tested = load(DATA).x[:1000]
-    numbers = {"examples": len(tested), "bits_per_dim": round(bits(net, tested), 4)}
-    print(numbers, sum(p.numel() for p in net.parameters()), "weights")
-    if given.bundle:
-        print(save_generative(net, NAME, arch="pixelcnn", settings=SETTINGS, recipe=SUMMARY, numbers=numbers))
+def made(steps: int) -> tuple[PixelCNN, dict[str, float]]:
+    """The trained net, and its figures on the first 1,000 test images."""
+    net, tested = train(steps), load(DATA).x[:1000]
+    return net, {"examples": len(tested), "bits_per_dim": round(bits(net, tested), 4)}
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, STEPS, made, NAME, "pixelcnn", SETTINGS, SUMMARY)

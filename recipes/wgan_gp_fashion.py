@@ -18,23 +18,21 @@ files under /usr/share/datasets/fashion-mnist.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 
 import torch
+from _generative import DATA, images, main
 from torch import Tensor, nn
 
 from mohs.data import load
 from mohs.defenses.defense_gan import project
-from mohs.models.generative import save_generative
 from mohs.models.generator import Generator
 
 NAME = "fashion-generator"
 SUMMARY = "WGAN-GP generator of Fashion-MNIST, 32 latents: what Defense-GAN projects onto."
-DATA = "idx:/usr/share/datasets/fashion-mnist"
 SETTINGS = {"latent": 32, "first": 128, "second": 144}
-STEPS, BATCH, HOLDOUT, CRITIC, PENALTY = 4000, 64, 500, 5, 10.0
+STEPS, BATCH, CRITIC, PENALTY = 4000, 64, 5, 10.0
 RATES = (5e-4, 5e-4)
 """Of the critic and of the generator, at the beginning; both fall along a cosine."""
 
@@ -76,8 +74,7 @@ def missed(net: Generator, x: Tensor, steps: int = 100, starts: int = 4) -> floa
 def train(steps: int) -> tuple[Generator, nn.Module]:
     """The trained generator, its weights rounded to float16, and the critic."""
     torch.manual_seed(0)
-    x = load(DATA, split="train").x
-    watched, x = x[-HOLDOUT:], x[:-HOLDOUT]
+    x, watched = images()
     net, judge = Generator(**SETTINGS), critic()
     adams = [
         torch.optim.Adam(part.parameters(), rate, betas=(0.5, 0.9))
@@ -104,22 +101,15 @@ def train(steps: int) -> tuple[Generator, nn.Module]:
     return net.half().float().eval().requires_grad_(False), judge
 
 
-def main() -> None:
-    """Train, measure on the first 200 test images, and bundle."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--bundle", action="store_true")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    net, judge = train(given.steps)
+def made(steps: int) -> tuple[Generator, dict[str, float]]:
+    """The trained generator, and its figures on the first test images."""
+    net, judge = train(steps)
     tested = load(DATA).x
     numbers = {"examples": 200, "critic": round(distance(judge, net, tested[:1000]), 3)}
-    for steps, starts in ((100, 4), (200, 10)):
-        numbers[f"mse_{steps}x{starts}"] = round(missed(net, tested[:200], steps, starts), 5)
-    print(numbers, sum(p.numel() for p in net.parameters()), "weights")
-    if given.bundle:
-        print(save_generative(net, NAME, arch="generator", settings=SETTINGS, recipe=SUMMARY, numbers=numbers))
+    for descent, starts in ((100, 4), (200, 10)):
+        numbers[f"mse_{descent}x{starts}"] = round(missed(net, tested[:200], descent, starts), 5)
+    return net, numbers
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, STEPS, made, NAME, "generator", SETTINGS, SUMMARY)
