@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +12,9 @@ from mohs.records import clopper_pearson, finite_bounds, finite_sequence, mean_b
 from mohs.records.anytime import confidence_sequence
 
 from .measure import table
+from .simulated import ALPHA, RUNS, SIZES, TOTAL, N, decks, paths, sizes
 from .subjects import Options
 
-RUNS, N, ALPHA = 10_000, 300, 0.05
-TOTAL = 120  # size of the finite test sets
 ROWS = 60  # scores of each simulated random model
 SHARES = (0.05, 0.3, 0.5, 0.6, 0.9, 0.99)
 
@@ -35,17 +34,12 @@ def run(options: Options) -> Iterator[str]:
     yield table(head, rows)
 
 
-def _paths(p: float) -> NDArray[np.int64]:
-    """Survivors after 1 to N examples of each evaluation."""
-    return (np.random.default_rng(round(1000 * p)).random((RUNS, N)) < p).cumsum(1)
-
-
-def _bounds(of: object, *more: object) -> NDArray[np.float64]:
+def _bounds(of: Callable[..., tuple[float, float]], *more: object) -> NDArray[np.float64]:
     """(low, high) by n - 1 and k, from the function that verdicts use."""
     found = np.zeros((N, N + 1, 2))
     for n in range(1, N + 1):
         for k in range(n + 1):
-            found[n - 1, k] = of(k, n, *more)  # type: ignore[operator]
+            found[n - 1, k] = of(k, n, *more)
     return found
 
 
@@ -56,12 +50,12 @@ def _share(wrong: NDArray[np.bool_]) -> str:
 def _sequences() -> Iterator[list[object]]:
     one, two = _bounds(confidence_sequence, ALPHA, 1), _bounds(confidence_sequence, ALPHA, 2)
     for p in SHARES:
-        k = _paths(p)
+        k = paths(p)
         low, high = (two[np.arange(N), k][..., side] for side in (0, 1))
         yield ["share, any n, two-sided (sum of both)", p, _share((low > p).any(1)), _share((high < p).any(1)), "-"]
     for tau in (0.3, 0.6, 0.9):
         for truth in (tau, tau - 0.05, tau + 0.05, tau - 0.25):
-            k = _paths(truth)
+            k = paths(truth)
             low, high = (one[np.arange(N), k][..., side] for side in (0, 1))
             refuted, upheld = high < tau, low >= tau
             ended = refuted | upheld
@@ -78,15 +72,14 @@ def _sequences() -> Iterator[list[object]]:
 def _fixed() -> Iterator[list[object]]:
     one = np.array([clopper_pearson(k, N, ALPHA, 1) for k in range(N + 1)])
     for p in SHARES:
-        low, high = one[_paths(p)[:, -1]].T
+        low, high = one[paths(p)[:, -1]].T
         yield [f"share, fixed n = {N}, one-sided", p, _share(low > p), _share(high < p), "-"]
 
 
 def _finite() -> Iterator[list[object]]:
     steps = range(5, TOTAL + 1, 5)
     for many in (4, 60, 100, 119):
-        deck = np.tile((np.arange(TOTAL) < many).astype(np.int64), (RUNS, 1))
-        k = np.random.default_rng(many).permuted(deck, axis=1).cumsum(1)
+        k = decks(many)
         seen, where = np.unique(k[:, 49], return_inverse=True)
         fixed = np.array([finite_bounds(int(s), 50, TOTAL, ALPHA, 1) for s in seen])[where]
         yield [f"test set of {TOTAL}, fixed n = 50", many, _share(fixed[:, 0] > many), _share(fixed[:, 1] < many), "-"]
@@ -113,12 +106,10 @@ def _means() -> Iterator[list[object]]:
 
 def _medians() -> Iterator[list[object]]:
     for broken in (0.2, 0.8):
-        rng = np.random.default_rng(round(10 * broken))
-        sizes = np.where(rng.random((RUNS, 41)) < broken, rng.exponential(1.0, (RUNS, 41)), np.inf)
-        truth = -math.log(1 - 0.5 / broken) if broken > 0.5 else math.inf
-        bounds = np.array([median_interval(row, ALPHA, 1) for row in sizes])
+        found, truth = sizes(broken)
+        bounds = np.array([median_interval(row, ALPHA, 1) for row in found])
         yield [
-            f"median of 41 sizes, {1 - broken:.0%} not found", f"{truth:.3f}", _share(bounds[:, 0] > truth),
+            f"median of {SIZES} sizes, {1 - broken:.0%} not found", f"{truth:.3f}", _share(bounds[:, 0] > truth),
             _share(bounds[:, 1] < truth), "-",
         ]  # fmt: skip
 
@@ -126,7 +117,7 @@ def _medians() -> Iterator[list[object]]:
 def _peeking() -> Iterator[list[object]]:
     one = _bounds(clopper_pearson, ALPHA, 1)
     for p in SHARES:
-        low, high = (one[np.arange(N), _paths(p)][..., side] for side in (0, 1))
+        low, high = (one[np.arange(N), paths(p)][..., side] for side in (0, 1))
         yield [
             "PROMISE BROKEN: fixed-n bounds, any n from 10",
             p,

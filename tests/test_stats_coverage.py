@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy.special import betaincinv
 
+from benchmarks.simulated import ALPHA, RUNS, TOTAL, N, decks, paths, sizes
 from mohs.records import clopper_pearson, finite_bounds, finite_sequence, mcnemar, median_interval
 from mohs.records.anytime import evidence, evidence_above, log_capital
 
-RUNS, N, ALPHA = 10_000, 300, 0.05
 LIMIT = math.log(1 / ALPHA)
 # three standard errors of a share of 0.05 among 10,000
 SLACK = 3 * math.sqrt(ALPHA * (1 - ALPHA) / RUNS)
 TAUS = (0.05, 0.5, 0.6, 0.9, 0.99)
-
-
-@cache
-def paths(p: float) -> NDArray[np.int64]:
-    """Successes after 1 to N examples, of as many evaluations as there are runs."""
-    return (np.random.default_rng(round(1000 * p)).random((RUNS, N)) < p).cumsum(1)
 
 
 TABLE_K, TABLE_N = np.meshgrid(np.arange(N + 1), np.arange(1, N + 1))
@@ -35,9 +30,9 @@ def along(table: NDArray[np.bool_], p: float) -> NDArray[np.bool_]:
     return table[np.arange(N), paths(p)]
 
 
-def table(of: object) -> NDArray[np.float64]:
+def table(of: Callable[..., NDArray[Any]]) -> NDArray[np.float64]:
     found = np.zeros((N, N + 1))
-    found[POSSIBLE] = of(TABLE_K[POSSIBLE], TABLE_N[POSSIBLE])  # type: ignore[operator]
+    found[POSSIBLE] = of(TABLE_K[POSSIBLE], TABLE_N[POSSIBLE])
     return found
 
 
@@ -87,23 +82,19 @@ def test_clopper_pearson_at_a_fixed_size(p: float) -> None:
 
 @pytest.mark.parametrize("many", [4, 60, 100, 119])
 class TestFiniteSets:
-    TOTAL = 120
-
     def test_at_a_fixed_size(self, many: int) -> None:
-        k = np.random.default_rng(many).hypergeometric(many, self.TOTAL - many, 50, RUNS)
-        bounds = np.array([finite_bounds(k, 50, self.TOTAL, sides=1) for k in range(51) if k <= many])
+        k = np.random.default_rng(many).hypergeometric(many, TOTAL - many, 50, RUNS)
+        bounds = np.array([finite_bounds(k, 50, TOTAL, sides=1) for k in range(51) if k <= many])
         assert (bounds[k, 0] > many).mean() <= ALPHA + SLACK
         assert (bounds[k, 1] < many).mean() <= ALPHA + SLACK
 
     def test_at_any_time(self, many: int) -> None:
-        rng = np.random.default_rng(many)
-        deck = (np.arange(self.TOTAL) < many).astype(np.int64)
-        k = rng.permuted(np.tile(deck, (RUNS, 1)), axis=1).cumsum(1)
-        times = np.arange(5, self.TOTAL + 1, 5)
+        k = decks(many)
+        times = np.arange(5, TOTAL + 1, 5)
         low, high = np.zeros(RUNS, bool), np.zeros(RUNS, bool)
         for n in times.tolist():
             seen, where = np.unique(k[:, n - 1], return_inverse=True)
-            bounds = np.array([finite_sequence(int(s), n, self.TOTAL) for s in seen])
+            bounds = np.array([finite_sequence(int(s), n, TOTAL) for s in seen])
             low |= (bounds[:, 0] > many)[where]
             high |= (bounds[:, 1] < many)[where]
         assert low.mean() <= ALPHA + SLACK
@@ -128,11 +119,8 @@ def test_mean_by_betting_at_any_time(kind: str) -> None:
 
 @pytest.mark.parametrize("broken", [0.2, 0.5, 0.8])
 def test_median_with_failures_at_infinity(broken: float) -> None:
-    rng = np.random.default_rng(round(10 * broken))
-    sizes = np.where(rng.random((RUNS, 41)) < broken, rng.exponential(1.0, (RUNS, 41)), np.inf)
-    # P(size <= t) = broken (1 - exp(-t))
-    truth = -math.log(1 - 0.5 / broken) if broken > 0.5 else math.inf
-    bounds = np.array([median_interval(row) for row in sizes])
+    found, truth = sizes(broken)
+    bounds = np.array([median_interval(row) for row in found])
     if broken == 0.5:  # any number above all finite sizes is a median, and so is infinity
         assert (bounds[:, 1] == math.inf).mean() >= 1 - ALPHA - SLACK
         return
