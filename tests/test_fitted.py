@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from planted_models import Layer
 from torch import Tensor, nn
 
 import mohs
@@ -16,24 +19,13 @@ from mohs.gradients.fitted import kinds
 from mohs.threat import Threat
 
 
-class Layer(nn.Module):
-    """A layer without weights of its own."""
-
-    def __init__(self, function: object) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)  # type: ignore[operator, no-any-return]
-
-
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def slope(function: object, x: Tensor, c: Tensor) -> Tensor:
+def slope(function: Callable[[Tensor], Tensor], x: Tensor, c: Tensor) -> Tensor:
     x = x.clone().requires_grad_(True)
-    (g,) = torch.autograd.grad((function(x) * c).sum(), x)  # type: ignore[operator]
+    (g,) = torch.autograd.grad((function(x) * c).sum(), x)
     return g
 
 
@@ -125,7 +117,7 @@ class Decoder(nn.Module):
         nn.init.constant_(self.mix.bias, 1 + 1 / 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mix(x)  # type: ignore[no-any-return]
+        return self.mix(x)
 
 
 class Sorted(nn.Module):
@@ -136,7 +128,7 @@ class Sorted(nn.Module):
         self.net, self.one = net, nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(self.one * x.flatten(1)[:, SWAPPED.argsort()].view_as(x))  # type: ignore[no-any-return]
+        return self.net(self.one * x.flatten(1)[:, SWAPPED.argsort()].view_as(x))
 
 
 def swapped(x: Tensor) -> Tensor:
@@ -180,7 +172,7 @@ def test_a_code_that_is_no_layer_is_fitted_up_to_the_next_one(data: mohs.data.Da
             self.decoder, self.net = Decoder(), net()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.net(self.decoder(negative_code(x)))  # type: ignore[no-any-return]
+            return self.net(self.decoder(negative_code(x)))
 
     choice = chosen(Whole().eval(), data)
     assert choice.tactic.name == "past what comes before decoder by a fitted 1x1 convolution"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted_models import Hidden, Layer, Wrapped, coarse, dead
 from torch import Tensor, nn
 
 import mohs
@@ -15,35 +18,6 @@ from mohs.gradients import BPDA, BeforeSoftmax, FiniteDifference, Past, Smooth, 
 from mohs.gradients.bpda import identity
 from mohs.guide import answers_for
 from mohs.threat import Access, Threat
-
-
-class Coarse(nn.Module):
-    """Rounds to eight levels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * 7).round() / 7
-
-
-class Wrapped(nn.Module):
-    """A function of the net and the input that is no layer."""
-
-    def __init__(self, function: object, net: nn.Module) -> None:
-        super().__init__()
-        self.function, self.net = function, net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.net, x)  # type: ignore[operator]
-
-
-class Hidden(nn.Module):
-    """A model that shows no layers."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["net"] = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)  # type: ignore[no-any-return]
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -74,7 +48,7 @@ GUIDES = {
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_answers_are_the_models_bit_for_bit(name: str) -> None:
-    model, x = nn.Sequential(Coarse(), net()).eval(), images()
+    model, x = nn.Sequential(Layer(coarse), net()).eval(), images()
     guide = GUIDES[name](model)
     for asked in (x, x.clone().requires_grad_(True)):
         assert torch.equal(guide(asked).detach(), model(x).detach())
@@ -85,14 +59,14 @@ def test_answers_are_the_models_bit_for_bit(name: str) -> None:
 @pytest.mark.parametrize("name", ["through", "past", "straight"])
 def test_the_identity_going_back_is_the_gradient_at_the_rounded_point(name: str) -> None:
     inner = net()
-    model, x = nn.Sequential(Coarse(), inner).eval(), images()
+    model, x = nn.Sequential(Layer(coarse), inner).eval(), images()
     assert bool((gradient(model, x) == 0).all())
     # (7 x) / 7 has slope 1, whichever of its parts is passed over
-    assert torch.allclose(gradient(GUIDES[name](model), x), gradient(inner, Coarse()(x)), rtol=1e-5, atol=1e-8)
+    assert torch.allclose(gradient(GUIDES[name](model), x), gradient(inner, Layer(coarse)(x)), rtol=1e-5, atol=1e-8)
 
 
 def test_a_guide_leaves_nothing_behind() -> None:
-    model, x = nn.Sequential(Coarse(), net()).eval(), images()
+    model, x = nn.Sequential(Layer(coarse), net()).eval(), images()
     for make in GUIDES.values():
         gradient(make(model), x)
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
@@ -120,7 +94,9 @@ def test_the_hooks_are_gone_after_an_error() -> None:
         lambda inner, x: inner(x + (x.sign() - x).detach()),
     ],
 )
-def test_functions_are_passed_straight_through_even_in_a_model_that_shows_nothing(function: object) -> None:
+def test_functions_are_passed_straight_through_even_in_a_model_that_shows_nothing(
+    function: Callable[..., Tensor],
+) -> None:
     model, x = Hidden(Wrapped(function, net())).eval(), images()
     x.requires_grad_(True)
     (g,) = torch.autograd.grad(Straight(model)(x)[:, 0].sum(), x)
@@ -133,7 +109,7 @@ def test_what_comes_back_from_numpy_is_attached() -> None:
 
     model, x = Hidden(Wrapped(codec, net())).eval(), images()
     assert torch.equal(Straight(model, attach=True)(x), model(x))
-    expected = gradient(net(), Coarse()(x))
+    expected = gradient(net(), Layer(coarse)(x))
     assert torch.allclose(gradient(Straight(model, attach=True), x), expected, rtol=1e-5, atol=1e-8)
 
 
@@ -157,7 +133,7 @@ def test_differences_and_smoothing_agree_with_the_gradient_of_a_linear_model() -
 
 
 def test_estimates_belong_to_the_point_not_to_the_batch() -> None:
-    model, x = nn.Sequential(Coarse(), net()).eval(), images()
+    model, x = nn.Sequential(Layer(coarse), net()).eval(), images()
     for make in (GUIDES["smooth through"], GUIDES["differences"]):
         whole = gradient(make(model), x)
         alone = torch.cat([gradient(make(model), row) for row in x.split(1)])
@@ -166,7 +142,7 @@ def test_estimates_belong_to_the_point_not_to_the_batch() -> None:
 
 
 def test_differences_need_logits_only() -> None:
-    model, x = nn.Sequential(Coarse(), net()).eval(), images(16)
+    model, x = nn.Sequential(Layer(coarse), net()).eval(), images(16)
     y, threat = model(x).argmax(1), Threat(mohs.Linf(0.3), access=Access.LOGIT)
     out = mohs.attack(PGD(steps=10), model, x, y, threat, guide=FiniteDifference(model, 0.2, 8))
     assert int(out.success.sum()) > int(mohs.attack(PGD(steps=10), model, x, y, "linf:0.3").success.sum())
@@ -195,7 +171,7 @@ def test_the_gate_of_an_inner_layer_is_not_taken_for_the_answer() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = x.flatten(1)
-            return self.last(x * self.gate(x).sigmoid()).softmax(1)  # type: ignore[no-any-return]
+            return self.last(x * self.gate(x).sigmoid()).softmax(1)
 
     model, x = Gated().eval(), images()
     assert torch.allclose(BeforeSoftmax(model)(x).softmax(1), model(x))
@@ -265,7 +241,7 @@ class Noisy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         noise = torch.randn(len(x), *[1] * (x.dim() - 1)) * self.sigma
-        return self.model(x * (1 + noise))  # type: ignore[no-any-return]
+        return self.model(x * (1 + noise))
 
 
 def test_evaluations_of_a_random_model_are_averaged_and_counted() -> None:
@@ -324,20 +300,8 @@ def test_the_averaged_gradient_is_that_of_the_mean_objective() -> None:
         assert torch.allclose(view.gradient(), wanted, rtol=1e-5, atol=1e-8)
 
 
-class Blind(torch.autograd.Function):
-    """The identity with a backward pass that gives nothing away."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: object, g: Tensor) -> Tensor:  # type: ignore[override]
-        return g * 0
-
-
 def test_the_backward_pass_of_a_custom_function_is_replaced_if_asked() -> None:
-    model, x = Hidden(Wrapped(lambda inner, x: inner(Blind.apply(x)), net())).eval(), images()
+    model, x = Hidden(Wrapped(lambda inner, x: inner(dead(x)), net())).eval(), images()
     assert bool((gradient(Straight(model), x) == 0).all())
     assert torch.allclose(gradient(Straight(model, custom=True), x), gradient(net(), x))
     assert bool((gradient(model, x) == 0).all())  # nothing is left behind

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from planted_models import Backward, Hidden, Layer, Wrapped, coarse, dead
 from torch import Tensor, nn
 
 import mohs
@@ -21,66 +22,12 @@ from mohs.threat import Threat
 Build = Callable[[nn.Module], nn.Module]
 
 
-class Layer(nn.Module):
-    """A layer without weights."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-class Wrapped(nn.Module):
-    """A function of net and input that is no layer."""
-
-    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor], net: nn.Module) -> None:
-        super().__init__()
-        self.function, self.net = function, net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.net, x)
-
-
-class Hidden(nn.Module):
-    """A model that shows no layers."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["net"] = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)  # type: ignore[no-any-return]
-
-
-class Backward(torch.autograd.Function):
-    """The identity with a backward pass of its own."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.change = change  # type: ignore[attr-defined]
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: object, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.change(g), None  # type: ignore[attr-defined]
-
-
-def coarse(x: Tensor) -> Tensor:
-    return (x * 7).round() / 7
-
-
 def through_numpy(x: Tensor) -> Tensor:
     return torch.from_numpy(np.round(x.detach().numpy() * 7) / 7)
 
 
 def noisy_gradient(x: Tensor) -> Tensor:
     return Backward.apply(x, lambda g: g + 10 * g.abs().mean() * torch.randn_like(g))
-
-
-def dead(x: Tensor) -> Tensor:
-    return Backward.apply(x, torch.zeros_like)
 
 
 def after_each_relu(net: nn.Module) -> nn.Module:
