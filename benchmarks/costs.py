@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from mohs.data import Dataset, load
 from .measure import Counted, table
 from .subjects import BUNDLED_DATA, Options
 
+Adaptive = Literal["declared", "blind", "off"]
 THREAT, PLAN = "linf:0.1", "standard"
 NET = "bundled:fashion-pgd"
 DEFENSES = ("bit-depth:3", "jpeg:75", "median-blur", "k-winners", "logit-rounding:1", "detach", "gradient-truncation")
@@ -35,7 +37,8 @@ def run(options: Options) -> Iterator[str]:
     yield table(["checks of", "forwards", "forwards per example of the sample of 64", "backwards"], checks)
     rows, bare = [], 0.0
     for text in ("", *DEFENSES):
-        for adaptive in ("declared", "blind") if text else ("off",):
+        ways: tuple[Adaptive, ...] = ("declared", "blind") if text else ("off",)
+        for adaptive in ways:
             spent, left = _evaluated(text, data, adaptive)
             each = spent / max(left, 1)
             bare = bare or each
@@ -52,8 +55,8 @@ def _behind(text: str) -> nn.Module:
     return defenses.parse(text)(net).eval() if text else net
 
 
-def _evaluated(text: str, data: Dataset, adaptive: str) -> tuple[int, int]:
+def _evaluated(text: str, data: Dataset, adaptive: Adaptive) -> tuple[int, int]:
     """(passes, survivors)."""
     counted = Counted(_behind(text)).eval()
-    record = mohs.evaluate(counted, data, THREAT, plan=PLAN, control=0, adaptive=adaptive)  # type: ignore[arg-type]
+    record = mohs.evaluate(counted, data, THREAT, plan=PLAN, control=0, adaptive=adaptive)
     return counted.forwards + counted.backwards, int(record.survived.sum())

@@ -29,7 +29,7 @@ class Residual(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)  # type: ignore[no-any-return]
+        return x + self.layers(x)
 
 
 def _mlp(*widths: int, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:

@@ -180,7 +180,8 @@ def relu() -> Solved:
 
 def _weights(net: nn.Module) -> tuple[Array, Array, Array, Array]:
     first, second = (layer for layer in net.modules() if isinstance(layer, nn.Linear))
-    return tuple(p.detach().numpy() for p in (first.weight, first.bias, second.weight, second.bias))  # type: ignore[return-value]
+    w1, b1, w2, b2 = (p.detach().numpy() for p in (first.weight, first.bias, second.weight, second.bias))
+    return w1, b1, w2, b2
 
 
 def _by_regions(net: nn.Module, x: Array, y: int, k: int, norm: str) -> float:

@@ -29,7 +29,7 @@ class Scaled(nn.Module):
         self.train(model.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x) * SCALE  # type: ignore[no-any-return]
+        return self.model(x) * SCALE
 
 
 SUBJECTS: tuple[tuple[str, Any, bool, bool], ...] = (

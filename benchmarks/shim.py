@@ -38,7 +38,7 @@ def stub_visdom() -> None:
     if "visdom" in sys.modules or importlib.util.find_spec("visdom") is not None:
         return
     module = types.ModuleType("visdom")
-    module.Visdom = type("Visdom", (), {})  # type: ignore[attr-defined]
+    module.__dict__["Visdom"] = type("Visdom", (), {})
     sys.modules["visdom"] = module
 
 

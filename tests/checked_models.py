@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,13 +99,13 @@ class Needle(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: object, g: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, g: Tensor) -> Tensor:
         return g * float("nan")
 
 
 def found(
     model: nn.Module, threat: Threat | str = "linf:0.1", x: Tensor | None = None, y: Tensor | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> dict[str, Finding]:  # fmt: skip
     x = images() if x is None else x
     if y is None:
@@ -115,7 +116,7 @@ def found(
         for m, training in zip(model.modules(), was):
             m.training = training
         y = answers.argmax(1) if answers.dim() == 2 and answers.shape[1] > 1 else (answers.flatten() > 0).long()
-    return {f.id: f for f in check(model, (x, y), threat, **settings)}  # type: ignore[arg-type]
+    return {f.id: f for f in check(model, (x, y), threat, **settings)}
 
 
 def severities(findings: dict[str, Finding]) -> dict[str, str]:

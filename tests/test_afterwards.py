@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,13 +46,13 @@ class Turned(torch.autograd.Function):
     """The identity; each row's gradient is turned round where told."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, sign: Tensor) -> Tensor:
-        ctx.sign = sign  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, sign: Tensor) -> Tensor:
+        ctx.sign = sign
         return x.clone()
 
     @staticmethod
-    def backward(ctx: object, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return g * ctx.sign, None  # type: ignore[attr-defined]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g * ctx.sign, None
 
 
 class Trap(nn.Module):
@@ -247,7 +248,7 @@ def test_random_models_are_not_judged_by_luck() -> None:
             self.net = relu_net(SHAPE)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.net(x + 0.02 * torch.randn_like(x))  # type: ignore[no-any-return]
+            return self.net(x + 0.02 * torch.randn_like(x))
 
     net = relu_net(SHAPE)
     x, y = data(net)
@@ -265,11 +266,11 @@ def test_a_run_that_is_killed_on_the_ladder_ends_as_one_that_was_not(mended: Rec
         if stage.startswith("3/3") and done == 0:
             raise KeyboardInterrupt
 
-    run = {"plan": short(), "claim": "accuracy >= 0.5", "control": 12, "out": tmp_path / "run"}
+    run: dict[str, Any] = {"plan": short(), "claim": "accuracy >= 0.5", "control": 12, "out": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
-        mohs.evaluate(model, xy, THREAT, notify=stop, **run)  # type: ignore[arg-type]
+        mohs.evaluate(model, xy, THREAT, notify=stop, **run)
     assert Record.load(tmp_path / "run").header.status == "interrupted"
-    again = mohs.evaluate(model, xy, THREAT, **run)  # type: ignore[arg-type]
+    again = mohs.evaluate(model, xy, THREAT, **run)
     assert again.header.ledger_digest == mended.header.ledger_digest
     assert again.header.checks == mended.header.checks
     assert again.header.plan == mended.header.plan

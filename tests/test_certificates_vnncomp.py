@@ -21,7 +21,9 @@ from mohs.threat import Threat
 def read_property(path: Path) -> tuple[Tensor, int, float]:
     """Centre, label and radius of a property that says: the label wins everywhere in this Linf ball within [0, 1]."""
     text = path.read_text()
-    label = int(re.match(r"; Mnist property with label: (\d+)", text).group(1))  # type: ignore[union-attr]
+    stated = re.match(r"; Mnist property with label: (\d+)", text)
+    assert stated is not None
+    label = int(stated.group(1))
     eps = float(path.stem.rsplit("_", 1)[1])
     ends = {}
     for sign in ("<=", ">="):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,8 +18,8 @@ from mohs.records.stats import lower_bound, upper_bound
 THREAT = "linf:8/255"
 
 
-def word(claim: str, n: int, survived: int, certified: int | None = None, **settings: object) -> str:
-    return verdict(claim, n, survived, certified, threat=THREAT, **settings).word  # type: ignore[arg-type]
+def word(claim: str, n: int, survived: int, certified: int | None = None, **settings: Any) -> str:
+    return verdict(claim, n, survived, certified, threat=THREAT, **settings).word
 
 
 class TestParse:

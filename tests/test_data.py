@@ -6,6 +6,7 @@ import gzip
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,9 +38,9 @@ def write_idx(folder: Path, x: bytes | np.ndarray, y: bytes | np.ndarray, stem: 
     return folder
 
 
-def refused(match: str, spec: str, **options: object) -> None:
+def refused(match: str, spec: str, **options: Any) -> None:
     with pytest.raises(DataError, match=match):
-        load(spec, **options)  # type: ignore[arg-type]
+        load(spec, **options)
 
 
 # --- the bundled set ------------------------------------------------------------------------------

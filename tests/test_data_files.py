@@ -6,6 +6,7 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from mohs.data import load
 from mohs.errors import DataError
 
 
-def refused(match: str, spec: str, **options: object) -> None:
+def refused(match: str, spec: str, **options: Any) -> None:
     with pytest.raises(DataError, match=match):
-        load(spec, **options)  # type: ignore[arg-type]
+        load(spec, **options)
 
 
 # --- cifar ----------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from defended_nets import CONTROLS, TRANSFORMS, fashion, net
@@ -23,9 +25,9 @@ def pick(name: str) -> Defense:
     return (TRANSFORMS | CONTROLS)[name]
 
 
-def robust(model: nn.Module, guide: nn.Module | None = None, n: int = 32, **how: object) -> float:
+def robust(model: nn.Module, guide: nn.Module | None = None, n: int = 32, **how: Any) -> float:
     x, y = fashion()
-    attack = PGD(steps=20, **how)  # type: ignore[arg-type]
+    attack = PGD(steps=20, **how)
     return float((~mohs.attack(attack, model, x[:n], y[:n], "linf:0.1", guide=guide).success).float().mean())
 
 

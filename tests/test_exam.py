@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,9 +46,9 @@ def answered(model: nn.Module, rows: int = 12, inputs: int = 24, seed: int = 1) 
     return x, (logits.argmax(1) if logits.dim() == 2 and logits.shape[1] > 1 else (logits.flatten() > 0).long())
 
 
-def hider(model: nn.Module, threat: str = "linf:0.2", **settings: object) -> Hider:
-    given = {"inner": 300, "reach": 0.95, "looks": 50, "seed": 0, "batch": 64, **settings}
-    return Hider(model, "4", mohs.Threat.parse(threat), **given)  # type: ignore[arg-type]
+def hider(model: nn.Module, threat: str = "linf:0.2", **settings: Any) -> Hider:
+    given: dict[str, Any] = {"inner": 300, "reach": 0.95, "looks": 50, "seed": 0, "batch": 64, **settings}
+    return Hider(model, "4", mohs.Threat.parse(threat), **given)
 
 
 def sized(change: Tensor, threat: str) -> np.ndarray:
@@ -142,15 +144,15 @@ def test_rounding_fails_without_its_guide_and_passes_with_it() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda m: Through(m, {"0": None}), lambda m: Past(m, "1")], ids=["Through", "Past"])
-def test_guides_by_name_fit_the_model_and_the_exam(make: object) -> None:
+def test_guides_by_name_fit_the_model_and_the_exam(make: Callable[[nn.Module], nn.Module]) -> None:
     class Rounds(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return (x * 15).round() / 15
 
     model = nn.Sequential(Rounds(), *small()).eval()
-    make(model)  # type: ignore[operator]
+    make(model)
     data = answered(model)
-    result = mohs.exam(model, data, "linf:0.2", APGD(steps=25), n=3, inner=199, looks=20, guide=make)  # type: ignore[arg-type]
+    result = mohs.exam(model, data, "linf:0.2", APGD(steps=25), n=3, inner=199, looks=20, guide=make)
     assert result.passed
 
 
@@ -368,10 +370,10 @@ def test_threats_without_a_radius_to_plant_at_are_refused(threat: str) -> None:
         ({"plan": "no such"}, "no plan"),
     ],
 )
-def test_settings_are_refused(settings: dict[str, object], said: str) -> None:
+def test_settings_are_refused(settings: dict[str, Any], said: str) -> None:
     net = small()
     with pytest.raises(UsageError, match=said):
-        mohs.exam(net, answered(net), "linf:0.2", **settings)  # type: ignore[arg-type]
+        mohs.exam(net, answered(net), "linf:0.2", **settings)
 
 
 def test_other_refusals() -> None:

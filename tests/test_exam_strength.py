@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import Tensor, nn
 
@@ -21,11 +23,11 @@ class Scaled(nn.Module):
         return self.model(x) * self.by
 
 
-def fashion(attack: object, wrap: float | None = None, n: int = 4) -> Exam:
+def fashion(attack: Any, wrap: float | None = None, n: int = 4) -> Exam:
     net = mohs.models.load("bundled:fashion-natural")
     data = mohs.data.load("bundled:fashion-mnist", n=16)
     model = net if wrap is None else Scaled(net, wrap)
-    return mohs.exam(model, data, "linf:0.1", attack, n=n, inner=299, looks=20)  # type: ignore[arg-type]
+    return mohs.exam(model, data, "linf:0.1", attack, n=n, inner=299, looks=20)
 
 
 @pytest.mark.parametrize("plan", ["quick", "standard"])
@@ -40,7 +42,7 @@ def test_plans_pass(plan: str) -> None:
     [PGD(steps=5), PGD(steps=40, step_size=0.1 / 200)],
     ids=["few steps", "small steps"],
 )
-def test_weak_attacks_fail(attack: object) -> None:
+def test_weak_attacks_fail(attack: Any) -> None:
     result = fashion(attack)
     assert not result.passed
     assert result.rate < 0.8

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,9 +52,9 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "their_nets:make"
 
 
-def refused(match: str, spec: object, **options: object) -> None:
+def refused(match: str, spec: Any, **options: Any) -> None:
     with pytest.raises(ModelError, match=match):
-        models.load(spec, **options)  # type: ignore[arg-type]
+        models.load(spec, **options)
 
 
 # --- nets ----------------------------------------------------------------------------------------------------------

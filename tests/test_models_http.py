@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -275,9 +276,11 @@ def test_answers_that_are_none(serve: Serve, form: str, content: bytes, match: s
         ("labels", [0, 3, -1, 1, None], "no label in rows 1, 2 and 4"),
     ],
 )
-def test_answers_of_another_kind(serve: Serve, answers: str, content: object, match: str) -> None:
+def test_answers_of_another_kind(
+    serve: Serve, answers: Literal["probabilities", "labels"], content: object, match: str
+) -> None:
     server = serve(always(json.dumps({"predictions": content}).encode()))
-    served = Served(server.v1, answers=answers, classes=3 if answers == "labels" else None)  # type: ignore[arg-type]
+    served = Served(server.v1, answers=answers, classes=3 if answers == "labels" else None)
     assert re.search(match, refusal(served))
 
 
@@ -357,9 +360,9 @@ def test_urls_that_are_refused(url: str, match: str) -> None:
         ({"headers": {"Host": "hush"}}, "belongs to the request"),
     ],
 )
-def test_settings_that_are_refused(settings: dict[str, object], match: str) -> None:
+def test_settings_that_are_refused(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(ModelError, match=match) as caught:
-        Served("http://host/v1/models/net:predict", **settings)  # type: ignore[arg-type]
+        Served("http://host/v1/models/net:predict", **settings)
     assert "hush" not in str(caught.value)
 
 

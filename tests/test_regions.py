@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -332,9 +333,9 @@ def test_sizes_are_norms(region: Lp) -> None:
 
 @pytest.mark.parametrize("bad", [lambda: Linf(-0.1), lambda: L2(math.nan), lambda: L0(1.5), lambda: L0(-1),
                                  lambda: Lp(0.5, 1.0), lambda: Lp(math.nan, 1.0), lambda: L1("1")])  # fmt: skip
-def test_refuses_what_is_no_ball(bad: object) -> None:
+def test_refuses_what_is_no_ball(bad: Callable[[], object]) -> None:
     with pytest.raises(ThreatError):
-        bad()  # type: ignore[operator]
+        bad()
 
 
 def test_l0_needs_a_finite_box() -> None:

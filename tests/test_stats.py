@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -110,7 +111,7 @@ class TestConfidenceSequence:
     def test_refusals(self) -> None:
         for arguments in ((3, 2), (-1, 2), (1.5, 2)):
             with pytest.raises(UsageError, match="counts"):
-                confidence_sequence(*arguments)  # type: ignore[arg-type]
+                confidence_sequence(*arguments)
         with pytest.raises(UsageError, match="alpha"):
             confidence_sequence(1, 2, 1.0)
         with pytest.raises(UsageError, match="sides"):
@@ -148,10 +149,12 @@ class TestFinite:
         assert stats.hypergeom.sf(2899, 100_000, low, 5000) > 0.05 >= stats.hypergeom.sf(2899, 100_000, low - 1, 5000)
 
     @pytest.mark.parametrize("bounds", [finite_bounds, finite_sequence])
-    def test_without_doubt_at_the_end_and_never_beyond_the_possible(self, bounds: object) -> None:
+    def test_without_doubt_at_the_end_and_never_beyond_the_possible(
+        self, bounds: Callable[[int, int, int], tuple[int, int]]
+    ) -> None:
         for k in range(13):
-            assert bounds(k, 12, 12) == (k, k)  # type: ignore[operator]
-            low, high = bounds(k, 12, 20)  # type: ignore[operator]
+            assert bounds(k, 12, 12) == (k, k)
+            low, high = bounds(k, 12, 20)
             assert k <= low <= high <= k + 8
 
     def test_a_part_of_a_small_set_says_more_than_a_sample_of_many(self) -> None:

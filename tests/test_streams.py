@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from torch import Tensor
 
 from mohs import streams
 
@@ -103,13 +105,13 @@ def test_derived_keys_differ_and_order_matters(parts: list[int]) -> None:
 @pytest.mark.parametrize("make", [streams.uniform, streams.normal, streams.bits])
 @pytest.mark.parametrize("shape", [(37,), (1, 13, 11), (3, 32, 32)])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_gets_its_numbers_in_any_batch(make: object, shape: tuple[int, ...], threads: int) -> None:
+def test_a_row_gets_its_numbers_in_any_batch(make: Callable[..., Tensor], shape: tuple[int, ...], threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        whole = make(KEYS[:40], shape)  # type: ignore[operator]
+        whole = make(KEYS[:40], shape)
         for index in ([0], [39], [5, 3, 17], list(range(39, -1, -1)), list(range(7))):
-            part = make(KEYS[torch.tensor(index)], shape)  # type: ignore[operator]
+            part = make(KEYS[torch.tensor(index)], shape)
             assert torch.equal(part, whole[torch.tensor(index)])
     finally:
         torch.set_num_threads(before)

@@ -80,7 +80,7 @@ class Refusing(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: object, g: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, g: Tensor) -> Tensor:
         raise NotImplementedError("no backward here")
 
 
@@ -104,7 +104,7 @@ def test_layers_that_keep_the_shape_of_the_whole_model_are_not_the_model() -> No
             self.model = nn.Linear(2, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.model(x.round())  # type: ignore[no-any-return]
+            return self.model(x.round())
 
     x, _ = points(16, 2)
     net = Root().eval()
@@ -122,7 +122,7 @@ def test_a_trace_leaves_no_gradients() -> None:
             self.last = nn.Linear(12, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(x @ hidden[0])  # type: ignore[no-any-return]
+            return self.last(x @ hidden[0])
 
     _layers.trace(Loose().eval(), points()[0][:4])
     assert hidden[0].grad is None

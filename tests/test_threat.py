@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -124,9 +125,9 @@ def test_the_message_shows_the_forms(text: str) -> None:
         (lambda: Threat(Linf(0.1), box=(math.nan, 1.0)), "box"),
     ],
 )
-def test_unrealistic_adversaries_are_refused(what: object, words: str) -> None:
+def test_unrealistic_adversaries_are_refused(what: Callable[[], object], words: str) -> None:
     with pytest.raises(ThreatError, match=words):
-        what()  # type: ignore[operator]
+        what()
 
 
 @given(threats)

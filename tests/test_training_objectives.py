@@ -16,6 +16,7 @@ from mohs.attacks import FGSM, PGD
 from mohs.data import Dataset
 from mohs.defenses.training import Adam, Context, Mixture, Natural, Saddle
 from mohs.errors import UsageError
+from mohs.threat import Threat
 
 
 def by_hand(net: nn.Linear, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +87,7 @@ def test_the_inner_maximisation_spends_its_whole_budget() -> None:
             return -10 * x[:, :CLASSES]  # wrong from the start: a stop at the first success would end at once
 
     x, y = blobs(16)
-    out = used(PGD(steps=7), Counting(), x, y, "linf:0.05", eps=torch.full((16,), 0.05), seed=0, batch=16)  # type: ignore[arg-type]
+    out = used(PGD(steps=7), Counting(), x, y, Threat.parse("linf:0.05"), eps=torch.full((16,), 0.05), seed=0, batch=16)
     assert Counting.rows == 16 * (7 + 1)
     assert float((out - x).abs().max()) <= 0.05 + 1e-6
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -153,14 +153,14 @@ class Progress:
             TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=err, transient=True,
         )  # fmt: skip
-        self.tasks: dict[str, object] = {}
+        self.tasks: dict[str, TaskID] = {}
 
     def notify(self, stage: str, done: int, total: int, broken: int) -> None:
         """Show how far a stage is."""
         if stage not in self.tasks:
             self.tasks[stage] = self.bars.add_task(escape(stage), total=total or 1, note="")
         note = f"{broken} broken" if broken else ""
-        self.bars.update(self.tasks[stage], completed=done if total else 1, total=total or 1, note=note)  # type: ignore[arg-type]
+        self.bars.update(self.tasks[stage], completed=done if total else 1, total=total or 1, note=note)
 
     def __enter__(self) -> Progress:
         self.bars.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -21,8 +21,8 @@ def train_recipe(recipe: str, out: Path, resume: bool, data: str | None, epochs:
     from mohs.evaluation.training import load_recipe, train
 
     chosen = load_recipe(recipe)
-    changed = {k: v for k, v in (("data", data), ("epochs", epochs), ("seed", seed)) if v is not None}
-    chosen = replace(chosen, **changed)  # type: ignore[arg-type]
+    changed: dict[str, Any] = {k: v for k, v in (("data", data), ("epochs", epochs), ("seed", seed)) if v is not None}
+    chosen = replace(chosen, **changed)
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks for all
     if first:
         screen.say(f"{chosen!r}\n")

@@ -114,7 +114,9 @@ class DefenseGAN(Defense):
         """Inputs [B, ...] in [0, 1], each replaced by the nearest that the generator finds."""
         generator = kept(self, self.generator, BUNDLED, torch.float32, x.device)
         wanted = unit(x).float()
-        shape = (self.starts, int(generator.latent))  # type: ignore[arg-type]
+        latent = generator.latent
+        assert isinstance(latent, int)
+        shape = (self.starts, latent)
         with torch.no_grad():
             made = tuple(generator(torch.zeros(1, shape[1], device=x.device)).shape[1:])
             if made != tuple(x.shape[1:]):

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
+import numpy as np
+
 from mohs.errors import ClaimError
 from mohs.evaluation.evidence import Counts, Detections, Evidence, Scores, Sizes
 from mohs.records.stats import clopper_pearson
@@ -176,7 +178,7 @@ class Accuracy(_Share):
         low, high = evidence.bounds()
         if not evidence.n:
             return Weighed(low, high, None, self.tau, self.tau, f"No example was tested under {evidence.threat}.")
-        mean = float(sum(evidence.scores) / evidence.n)  # type: ignore[arg-type]
+        mean = float(np.asarray(evidence.scores, dtype=float).mean())
         text = (
             f"Under {evidence.threat}, n = {evidence.n} examples stayed right on {percent(mean)} of the fresh draws (an upper "
             f"bound on the robust accuracy; {percent(1 - evidence.alpha)} one-sided bounds on the mean, by betting, "

@@ -124,9 +124,10 @@ def _heard(model: nn.Module, x: Tensor, names: Sequence[str], batch: int = 64) -
     def note(name: str, part: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             came = inputs[0] if inputs else None
-            rows = isinstance(came, Tensor) and isinstance(output, Tensor) and len(came) == len(output) == batch
-            if rows and len(heard[name]) == part:
-                heard[name].append((came.detach().clone(), output.detach().clone()))  # type: ignore[union-attr]
+            if not isinstance(came, Tensor) or not isinstance(output, Tensor):
+                return
+            if len(came) == len(output) == batch and len(heard[name]) == part:
+                heard[name].append((came.detach().clone(), output.detach().clone()))
 
         return hook
 

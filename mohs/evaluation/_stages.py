@@ -394,4 +394,5 @@ class Evaluation:
             margins.append(margin.masked_fill(none, math.nan))
         if not labels:
             return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
-        return tuple(torch.cat(v).cpu().numpy() for v in (labels, margins, confidences))  # type: ignore[return-value]
+        answered, margin_of, confidence = (torch.cat(v).cpu().numpy() for v in (labels, margins, confidences))
+        return answered, margin_of, confidence

@@ -80,7 +80,9 @@ def relay_plan() -> Plan:
     return Plan("relay", (*short_plan().steps, *further))
 
 
-def evaluate(data: Dataset | None = None, model: nn.Module | None = None, **settings: Any) -> records.Record:
+def evaluate(
+    data: Dataset | tuple[Tensor, Tensor] | None = None, model: nn.Module | None = None, **settings: Any
+) -> records.Record:
     """An evaluation of the small problem with the attacks of its plan and no others; whatever is not said is usual."""
     usual: dict[str, Any] = {"plan": short_plan(), "batch": BATCH, "adaptive": "off"}
     threat = settings.pop("threat", THREAT)
@@ -103,11 +105,8 @@ def header_facts(directory: Path | str) -> dict[str, object]:
 def rows_of(record: records.Record) -> dict[str, object]:
     """Every row of a record as plain values and bytes; NaN becomes a text so that equal rows compare equal."""
 
-    def plain(columns: object) -> list[list[object]]:
-        return [
-            ["nan" if isinstance(v, float) and np.isnan(v) else v for v in row]
-            for row in columns.as_rows()  # type: ignore[attr-defined]
-        ]
+    def plain(columns: Any) -> list[list[object]]:
+        return [["nan" if isinstance(v, float) and np.isnan(v) else v for v in row] for row in columns.as_rows()]
 
     found: dict[str, object] = {"examples": plain(record.examples)}
     for attack in record.attacks:

@@ -38,7 +38,9 @@ def test_certified_counts_proofs(tmp_path: Path) -> None:
     assert record.verdict.lower == lower_bound(int(record.certified.sum()), N)
     assert record.verdict.word in ("refuted", "undecided", "certified")
     assert render(Record.load(out), tmp_path / "report.html")
-    assert "certified" in Record.load(out).header.claim.text  # type: ignore[union-attr]
+    claim = Record.load(out).header.claim
+    assert claim is not None
+    assert "certified" in claim.text
 
 
 def test_of_these_examples_is_exact_and_may_be_asked_of_a_complete_run(tmp_path: Path) -> None:

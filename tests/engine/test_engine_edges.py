@@ -210,13 +210,13 @@ def test_other_forms_of_data_are_refused(data: Any, said: str) -> None:
 def test_pairs_of_any_shape_and_precision() -> None:
     x, y = images().take(6)
     net = nn.Sequential(nn.Unflatten(1, (1, 7)), conv()).eval()
-    three = evaluate((x[:, 0], y), net)  # type: ignore[arg-type]
+    three = evaluate((x[:, 0], y), net)
     assert three.header.data.shape == [7, 7]
     assert three.attacks
     double = evaluate([x.double(), y], copy.deepcopy(conv()).double())  # type: ignore[arg-type]
     assert double.points(double.attacks[0])[1].dtype == np.float64
     assert double.header.data.hash != three.header.data.hash
-    assert np.array_equal(double.survived, evaluate((x, y)).survived)  # type: ignore[arg-type]
+    assert np.array_equal(double.survived, evaluate((x, y)).survived)
 
 
 def test_copies_are_said(tmp_path: Path) -> None:

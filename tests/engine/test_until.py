@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,9 @@ def data(n: int = TOTAL) -> Dataset:
     return images().take(n)
 
 
-def judged(claim: str, out: Path | None = None, n: int = TOTAL, **given: object) -> records.Record:
-    settings = {"plan": short_plan(4, 1), "batch": BATCH, "control": 4, "until": "decided", **given}
-    return mohs.evaluate(conv(), data(n), THREAT, claim=claim, out=out, **settings)  # type: ignore[arg-type]
+def judged(claim: str, out: Path | None = None, n: int = TOTAL, **given: Any) -> records.Record:
+    settings: dict[str, Any] = {"plan": short_plan(4, 1), "batch": BATCH, "control": 4, "until": "decided", **given}
+    return mohs.evaluate(conv(), data(n), THREAT, claim=claim, out=out, **settings)
 
 
 class TestUntilDecided:
@@ -110,7 +111,7 @@ class TestUntilDecided:
     ) -> None:
         # a plan so weak that the checks after it find more, killed there: the second sitting ends where the first did
         weak = Plan("weak", (PlanStep.make("PGD", {"steps": 2, "step_size": 0.005}),))
-        given = {"plan": weak, "control": 8, "adaptive": "declared"}
+        given: dict[str, Any] = {"plan": weak, "control": 8, "adaptive": "declared"}
         claim = "accuracy >= 0.35"
         whole = judged(claim, tmp_path / "a", **given)
         assert len(whole.header.plan.steps) > 1, "else nothing followed the plan"
@@ -144,14 +145,14 @@ class TestSealed:
         sealed = Seal.of(TOTAL, 20)
         sealed.write(tmp_path / "seal.json")
         assert Seal.read(tmp_path / "seal.json") == sealed
-        given = {"plan": short_plan(2, 1), "batch": BATCH, "control": 0, "seal": sealed}
-        record = mohs.evaluate(conv(), data(), THREAT, out=tmp_path / "a", **given)  # type: ignore[arg-type]
+        given: dict[str, Any] = {"plan": short_plan(2, 1), "batch": BATCH, "control": 0, "seal": sealed}
+        record = mohs.evaluate(conv(), data(), THREAT, out=tmp_path / "a", **given)
         assert record.examples.hash.tolist() == [data().ids[i] for i in sealed.indices]
         assert record.header.sealed is not None
         assert record.header.sealed.look == 1
-        again = mohs.evaluate(conv(), data(), THREAT, out=tmp_path / "a", **given)  # type: ignore[arg-type]
+        again = mohs.evaluate(conv(), data(), THREAT, out=tmp_path / "a", **given)
         assert again.header.sealed == record.header.sealed, "the same run sees the same again"
-        second = mohs.evaluate(conv(), data(), THREAT, out=tmp_path / "b", **given)  # type: ignore[arg-type]
+        second = mohs.evaluate(conv(), data(), THREAT, out=tmp_path / "b", **given)
         assert second.header.sealed is not None
         assert second.header.sealed.look == 2
         assert [look.who for look in records.read_looks(tmp_path / "looks.jsonl")] == ["mohs.evaluate"] * 2
@@ -203,10 +204,10 @@ class Wary(nn.Module):
 
 class TestRejection:
     def test_to_be_rejected_is_no_success_and_no_right_answer(self) -> None:
-        given = {"plan": short_plan(8, 1), "batch": BATCH, "control": 0}
-        plain = mohs.evaluate(conv(), data(80), THREAT, **given)  # type: ignore[arg-type]
-        wary = mohs.evaluate(Wary(0.5).eval(), data(80), THREAT, reject=-1, **given)  # type: ignore[arg-type]
-        naive = mohs.evaluate(Wary(0.5).eval(), data(80), THREAT, **given)  # type: ignore[arg-type]
+        given: dict[str, Any] = {"plan": short_plan(8, 1), "batch": BATCH, "control": 0}
+        plain = mohs.evaluate(conv(), data(80), THREAT, **given)
+        wary = mohs.evaluate(Wary(0.5).eval(), data(80), THREAT, reject=-1, **given)
+        naive = mohs.evaluate(Wary(0.5).eval(), data(80), THREAT, **given)
         assert wary.header.subject.reject == 10
         assert wary.header.subject.classes == 10
         assert wary.header.data.class_names[-1] == "rejected"
