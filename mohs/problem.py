@@ -77,6 +77,17 @@ class Goal(Rows):
         lead = torch.where(self.reach, -lead, lead).nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
         return lead - self.confidence if self.confidence else lead
 
+    def reached(self, answer: Tensor) -> Tensor:
+        """Do answers alone, classes [B], meet the goal? All that a label tells: neither confidence nor aim; -1 is no answer.
+
+        >>> Goal.leave(torch.tensor([0, 0, 0]), reject=2).reached(torch.tensor([0, 1, 2])).tolist()
+        [False, True, False]
+        """
+        left = (answer != self.label) & (answer >= 0)
+        if self.reject is not None:
+            left &= answer != self.reject
+        return torch.where(self.reach, answer == self.label, left)
+
     @staticmethod
     def decide(logits: Tensor) -> Tensor:
         """The model's answer, [B]."""

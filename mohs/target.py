@@ -57,6 +57,15 @@ def classify(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return logits
 
 
+def answers(logits: Tensor) -> Tensor:
+    """The class of the highest logit, [B]; -1 where any is nan, as argmax would call nan a class.
+
+    >>> answers(torch.tensor([[0.0, 1.0], [math.nan, 1.0]])).tolist()
+    [1, -1]
+    """
+    return logits.argmax(1).masked_fill_(logits.isnan().any(1), -1)
+
+
 def rounding(logits: Tensor) -> Tensor:
     """How far a margin may move by rounding alone, [B]: a success smaller than this is none.
 
@@ -78,6 +87,7 @@ class Look:
     _margin: Tensor
     met: Tensor
     _value: Tensor | None = field(default=None, kw_only=True)
+    _answers: Tensor | None = field(default=None, kw_only=True)  # of each draw, [draws, B]
 
     def _grant(self, level: Access, what: str) -> None:
         if self.access < level:
@@ -88,9 +98,9 @@ class Look:
 
     @property
     def label(self) -> Tensor:
-        """The model's answer, [B]."""
+        """The model's answer, [B], the most frequent one of several draws; -1 where it is no number."""
         self._grant(Access.LABEL, "labels")
-        return self._logits.argmax(1)
+        return answers(self._logits) if self._answers is None else self._answers.mode(0).values
 
     @property
     def probabilities(self) -> Tensor:
@@ -247,7 +257,8 @@ class Target:
         self._known(logits[0])
         value = None if objective is None else _mean([objective(z, problem.goal)[0] for z in logits])
         lead, met = self._nominate(problem, x.detach(), logits, value, asked=shown, passes=self.average, sure=shown)
-        return Look(self.access, _mean(logits), lead, met, _value=value)
+        labels = None if len(logits) == 1 else torch.stack([answers(z) for z in logits])
+        return Look(self.access, _mean(logits), lead, met, _value=value, _answers=labels)
 
     def _known(self, logits: Tensor) -> None:
         if self.labels is not None and self.highest >= logits.shape[1]:

@@ -12,6 +12,7 @@ from mohs.attacks.ead import EAD
 from mohs.attacks.fab import FAB
 from mohs.attacks.fgsm import FGSM
 from mohs.attacks.fmn import FMN
+from mohs.attacks.hop_skip_jump import HopSkipJump
 from mohs.attacks.jsma import JSMA
 from mohs.attacks.latent import Latent
 from mohs.attacks.lavan import LaVAN
@@ -58,6 +59,7 @@ REGISTRY: dict[str, type] = {
         SPGD,
         LaVAN,
         Square,
+        HopSkipJump,
     )
 }
 """Every attack by name that needs no more than settings."""

@@ -19,14 +19,23 @@ FEW = {"steps": 4}
 MANY = {"steps": 40}
 """The same for attacks without gradients: a query says less."""
 
+LABELS = 5
+"""How many times as many steps attacks get that see labels alone."""
+
 
 def by_gradient(name: str) -> bool:
     return REGISTRY[name].needs >= Access.GRADIENT
 
 
+def by_label(name: str) -> bool:
+    return REGISTRY[name].needs <= Access.LABEL
+
+
 def make(name: str, **settings: Any) -> Any:
     known = {f.name for f in fields(REGISTRY[name])}
-    return REGISTRY[name](**{k: v for k, v in ((FEW if by_gradient(name) else MANY) | settings).items() if k in known})
+    settings = (FEW if by_gradient(name) else MANY) | settings
+    settings["steps"] *= LABELS if by_label(name) else 1
+    return REGISTRY[name](**{k: v for k, v in settings.items() if k in known})
 
 
 def norms(name: str) -> list[str]:

@@ -9,7 +9,19 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from cases import by_gradient, each_attack, each_case, first_served, make, norms, same, shape, some_threat
+from cases import (
+    LABELS,
+    by_gradient,
+    by_label,
+    each_attack,
+    each_case,
+    first_served,
+    make,
+    norms,
+    same,
+    shape,
+    some_threat,
+)
 from core_models import Counting, Linear, conv_net, inputs, relu_net
 from torch import Tensor, nn
 
@@ -29,6 +41,7 @@ COSTS = {  # documented cost of a row that never succeeds: steps -> (forwards, b
     "DeepFool": lambda steps, classes: (steps + 1, classes - 1 + (steps - 1) * min(4, classes - 1)),
     "FAB": lambda steps, classes: (steps + 1, classes - 1 + (steps - 1) * min(4, classes - 1)),
     "Square": lambda steps, classes: (steps + 1, 0),
+    "HopSkipJump": lambda steps, classes: (steps + 1, 0),
     "SigmaZero": lambda steps, classes: (steps + 1, steps),
     "JSMA": lambda steps, classes: (steps + 1, steps * min(2, classes - 1)),
     "DDN": lambda steps, classes: (steps + 1, steps),
@@ -301,12 +314,12 @@ def test_more_steps_never_lose_a_success(name: str, monkeypatch: pytest.MonkeyPa
     if not by_gradient(name):
         # its draws follow the number of steps as well, and so does the size of the squares: here, one number at a time
         monkeypatch.setattr(streams, "text_key", lambda text: 1)
-        fixed["share"] = 1e-6
+        fixed |= {k: 1e-6 for k in ("share",) if k in known}
     net, x = relu_net((12,)), inputs(48, *shape(name, 12))
     y, threat = net(x).argmax(1), norms(name)[0]
     before = torch.zeros(48, dtype=torch.bool)
     for steps in (1, 2, 4, 8) if by_gradient(name) else (5, 10, 20, 40):
-        now = mohs.attack(attack(steps=steps, **fixed), net, x, y, threat).success
+        now = mohs.attack(attack(steps=steps * (LABELS if by_label(name) else 1), **fixed), net, x, y, threat).success
         assert bool((now | ~before).all())
         before = now
     assert bool(before.any())

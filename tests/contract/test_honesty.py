@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import by_gradient, serves, shape
+from cases import by_gradient, make, serves, shape
 from core_models import inputs, relu_net
 from torch import Tensor, nn
 
@@ -44,7 +44,7 @@ def test_units_do_not_matter(name: str, norm: str, unit: float, monkeypatch: pyt
         "linf": mohs.Linf, "l2": mohs.L2, "l1": mohs.L1, "l3": partial(mohs.Lp, 3.0), "l0": mohs.L0, "patch": mohs.Patch,
     }[norm]  # fmt: skip
     scale = 1.0 if norm in ("l0", "patch") else unit
-    attack = REGISTRY[name]() if by_gradient(name) else REGISTRY[name](steps=200)
+    attack = REGISTRY[name]() if by_gradient(name) else make(name, steps=200)
     one = mohs.attack(attack, net, x, y, Threat(region(eps)))
     other = mohs.attack(attack, Scaled(net, unit), x * unit, y, Threat(region(eps * scale), box=(0, unit)))
     assert int(one.success.sum()) > 0

@@ -1,0 +1,112 @@
+"""HopSkipJump: closed forms, and nothing but the answer is ever read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_models import Linear, inputs, relu_net
+from torch import Tensor, nn
+
+import mohs
+from mohs import Access, Goal, Threat, streams
+from mohs.attacks import HopSkipJump
+from mohs.errors import UsageError
+
+
+class OneHot(nn.Module):
+    """The answers of a net and nothing else of it: 1 for the answer, noise below it for all other classes."""
+
+    def __init__(self, net: nn.Module, noise: float = 0.0) -> None:
+        super().__init__()
+        self.net, self.noise = net, noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = nn.functional.one_hot(self.net(x).argmax(1), 4).to(x)
+        noise = streams.uniform(streams.point_keys(x), (4,), dtype=x.dtype) * self.noise
+        return torch.maximum(answer, noise)
+
+
+@pytest.mark.parametrize("threat", ["l2:inf", "linf:inf"])
+def test_the_distance_approaches_the_closed_form(threat: str) -> None:
+    net, x = Linear(12, 2, dtype=torch.float64), 0.3 + 0.4 * inputs(8, 12, dtype=torch.float64)
+    y = net(x).argmax(1)
+    w = (net.weight[:, 1] - net.weight[:, 0]).detach()
+    dual = w.norm() if threat == "l2:inf" else w.abs().sum()
+    exact = net(x).detach().diff(dim=1).squeeze(1).abs() / dual
+    found = mohs.attack(HopSkipJump(steps=600, votes=30), net, x, y, threat)
+    ratio = found.size / exact
+    assert bool((ratio >= 1 - 1e-9).all()), "nearer than the boundary"
+    assert float(ratio.median()) < 1.1
+    assert float(ratio.max()) < 1.3
+
+
+@pytest.mark.parametrize("threat", ["l2:inf", "linf:inf"])
+def test_more_queries_never_find_less(threat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        streams, "text_key", lambda text: 1
+    )  # the number of steps is a part of the random stream's name
+    net, x = relu_net((12,)), inputs(6, 12)
+    y, last = net(x).argmax(1), torch.full((6,), torch.inf)
+    for steps in (30, 90, 150):
+        out = mohs.attack(HopSkipJump(steps=steps, votes=10), net, x, y, threat)
+        assert bool((out.size <= last).all())
+        assert bool((out.queries <= steps + 1).all())
+        last = out.size
+    assert bool(last.isfinite().all())
+
+
+def test_nothing_but_the_answer_is_read() -> None:
+    net, x = relu_net((12,)), inputs(6, 12)
+    y, threat = net(x).argmax(1), Threat(mohs.L2(torch.inf), access=Access.LABEL)
+    one, other = (mohs.attack(HopSkipJump(steps=100, votes=10), OneHot(net, noise), x, y, threat) for noise in (0, 0.5))
+    assert bool(one.success.all())
+    assert torch.equal(one.x, other.x)
+    assert torch.equal(one.queries, other.queries)
+    with pytest.raises(mohs.errors.AccessError):
+        mohs.attack(mohs.attacks.Square(steps=3), OneHot(net), x, y, Threat(mohs.L2(0.1), access=Access.LABEL))
+
+
+@pytest.mark.parametrize("threat", ["l2:inf", "linf:0.3"])
+def test_targets_are_reached_from_a_start_that_the_caller_gives(threat: str) -> None:
+    net, pool = relu_net((12,)), inputs(200, 12, seed=4)
+    answers = net(pool).argmax(1)
+    x, y = pool[:8], answers[:8]
+    targets = (y + 1) % 4
+    start = torch.stack([pool[answers == t][0] for t in targets.tolist()])
+    out = mohs.attack(HopSkipJump(steps=250, votes=20), net, x, y, threat, targets=targets, start=start)
+    assert bool((net(out.x).argmax(1) == targets)[out.success].all())
+    if threat == "l2:inf":
+        assert bool(out.success.all())
+        assert bool((out.size < 0.8 * (start - x).norm(dim=1)).all())
+    else:
+        assert int(out.success.sum()) >= 4
+        assert bool(((out.x - x).abs().amax(1) <= 0.3 + 1e-5).all())
+        assert int(out.queries[out.success].min()) < 250, "a row ends once it is inside"
+
+
+def test_the_most_frequent_answer_of_several_draws_counts_and_nan_is_none() -> None:
+    class Torn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            shout = self.calls % 3 == 0  # one draw in three is sure of class 1, the others lean to class 0
+            return x.new_tensor([0.0, 90.0] if shout else [1.0, 0.0]).expand(len(x), 2)
+
+    threat = Threat(mohs.L2(0.5), access=Access.LABEL, draws=3)
+    out = mohs.attack(HopSkipJump(steps=4), Torn(), inputs(2, 5), torch.zeros(2, dtype=torch.int64), threat, average=3)
+    assert not bool(out.success.any())
+    goal = Goal.leave(torch.tensor([0, 0, 0]))
+    assert goal.reached(torch.tensor([-1, 0, 2])).tolist() == [False, False, True]
+    assert Goal.attain(torch.tensor([1, 1])).reached(torch.tensor([1, 0])).tolist() == [True, False]
+
+
+def test_boxes_without_bounds_and_mistakes() -> None:
+    net, x = Linear(6, 3), inputs(5, 6)
+    out = mohs.attack(HopSkipJump(steps=150, votes=10), net, x, net(x).argmax(1), "l2:inf in [-inf, inf]")
+    assert bool(out.success.all())
+    for bad in ({"steps": 0}, {"votes": 0}):
+        with pytest.raises(UsageError, match="HopSkipJump"):
+            HopSkipJump(**bad)
