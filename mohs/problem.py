@@ -123,14 +123,17 @@ class Goal(Rows):
 class Findings(Rows):
     """The best point of each row and what it cost; written by the target alone.
 
-    ``x`` is the best point (the clean input at first), ``met`` whether it meets the goal inside region and box, ``score``
-    what 'best' means: the objective, or minus the size where the smallest change is asked for. ``last`` is the objective at
+    ``x`` is the best point (the clean input at first), ``met`` whether it meets the goal inside region and box (of a random
+    model: in most fresh draws), ``clear`` whether a point did so beyond doubt, which ends a row, ``score`` what 'best' means: the
+    objective, or minus the size where the smallest change is asked for (of a random model, among points that meet the goal, the
+    mean margin of the fresh draws). ``last`` is the objective at
     the latest look. A ``settled`` row is frozen: nothing is recorded or counted any more. ``error``: the model once answered
     this row with logits that are not finite.
     """
 
     x: Tensor
     met: Tensor
+    clear: Tensor
     score: Tensor
     margin: Tensor
     last: Tensor
@@ -150,6 +153,7 @@ class Findings(Rows):
         return cls(
             x0.clone(),
             flag,
+            flag.clone(),
             low,
             low.clone(),
             low.clone(),

@@ -15,6 +15,12 @@ from mohs.objectives import Objective, margin
 from mohs.problem import Problem
 from mohs.threat import Access
 
+CLEAR = 0.95
+"""Share of the fresh draws that a point of a random model must win for its row to end there.
+
+Near one half a point often wins by luck, and a row looks at many points. So a row that wins narrowly goes on, and its best point
+counts. Nineteen of twenty draws are rarely won by luck where a third of all are lost, and little is left to gain from there on."""
+
 
 def classify(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Logits [B, K >= 2] of a classifier; one logit z becomes the pair (0, z), whose cross-entropy is the logistic loss.
@@ -280,10 +286,12 @@ class Target:
         ``asked``: was it the model that was looked at? Only that is a query. ``sure``: are the answers the deployed model's?
         """
         found, region, box = problem.found, problem.threat.region, problem.threat.box
-        lead = _mean([problem.goal.margin(logits) for logits in draws])
-        met = lead > 0
+        margins = [problem.goal.margin(logits) for logits in draws]
+        lead = _mean(margins)
+        met = _most([own > 0 for own in margins])
         if bool(met.any()):
-            met = lead > _mean([rounding(logits) for logits in draws])
+            met = _most([own > rounding(logits) for own, logits in zip(margins, draws, strict=True)])
+        clear = met
         value = lead if value is None else value
         live = ~found.settled
         if not math.isfinite(float(lead.sum())):
@@ -296,7 +304,9 @@ class Target:
             found.queries += live * len(draws)
         found.last = torch.where(live, value, found.last)
         if (self.draws > 0 or not sure) and bool((met & live).any()):
-            lead, met = self._judge(problem, x, lead, met, live)
+            lead, met, clear = self._judge(problem, x, lead, met, live)
+            if self.draws:  # the objective of the few draws that nominated a point says less than the judge's
+                value = torch.where(met, lead, value)
         if problem.threat.minimum:
             if not bool((met & live).any()):
                 return lead, met
@@ -319,29 +329,37 @@ class Target:
             rows = better.nonzero().squeeze(1)
             found.x.index_copy_(0, rows, x.index_select(0, rows))
         found.met = found.met | (better & met)
+        found.clear = found.clear | (better & clear)
         found.score = torch.where(better, score, found.score)
         found.margin = torch.where(better, lead, found.margin)
         return lead, met
 
-    def _judge(self, problem: Problem, x: Tensor, lead: Tensor, met: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    def _judge(
+        self, problem: Problem, x: Tensor, lead: Tensor, met: Tensor, live: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Ask the deployed model about nominated points, with fresh draws if it is random; never trust the nominating look.
 
-        The answers are the evaluation's, not the attacker's: they cost forwards, but only one query where the attacker's own
-        look was at a guide (to hand in a candidate is to use the model once).
+        Answers (mean margin, met by most draws, met clearly), [B] each. The answers are the evaluation's, not the attacker's:
+        they cost forwards, but only one query where the attacker's own look was at a guide (to hand in a candidate is to use
+        the model once).
         """
-        wins = torch.zeros_like(lead)
-        worst = torch.full_like(lead, math.inf)
+        wins, total = torch.zeros_like(lead), torch.zeros_like(lead)
         looks = max(self.draws, 1)
         for _ in range(looks):
             with torch.no_grad():
                 logits = _ask(self.model, x, met & live)
             fresh = problem.goal.margin(logits)
             wins += fresh > rounding(logits)
-            worst = torch.minimum(worst, fresh)
+            total += fresh
         problem.found.forwards += (met & live) * looks
         if not self.own and self.access > Access.NONE:
             problem.found.queries += met & live
-        return torch.where(met, worst, lead), met & (wins * 2 > looks)
+        return torch.where(met, total / looks, lead), met & (wins * 2 > looks), met & (wins >= CLEAR * looks)
+
+
+def _most(flags: Sequence[Tensor]) -> Tensor:
+    """What holds in more than half of the draws; of one, itself."""
+    return flags[0] if len(flags) == 1 else torch.stack(tuple(flags)).sum(0) * 2 > len(flags)
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

@@ -72,8 +72,8 @@ class Threat:
         access: what a look shows.
         queries: looks per example, None for no limit.
         knowledge: what is known beforehand.
-        draws: 0 for a deterministic model. For a random one, how many fresh evaluations score each adversarial
-            candidate: it counts as broken when more than half of them are fooled.
+        draws: 0 for a deterministic model. A random one answers with the majority of its draws; so many fresh ones score
+            each adversarial candidate while an attack runs, and more confirm what it reports (``mohs.evaluation.confirm``).
 
     >>> threat = Threat.parse("linf:8/255")
     >>> threat.region, threat.box, threat.access.name

@@ -247,7 +247,10 @@ def by_hand(model: nn.Module, data: Dataset, threat: Threat, *, honest: bool) ->
         if honest or "gradient" not in str(error):
             raise
         return clean(model, data, threat)  # no gradient at all: what such a paper would have called robust
-    return float((~out.success & _right(model, data, threat)).double().mean())
+    broken = out.success
+    if threat.draws:  # as an evaluation confirms what its attacks report
+        broken &= mohs.evaluation.confirm(model, out.x, data.y, threat, reject=reject)
+    return float((~broken & _right(model, data, threat)).double().mean())
 
 
 def _rejects(model: nn.Module, data: Dataset) -> int | None:

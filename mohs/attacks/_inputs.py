@@ -113,3 +113,16 @@ def check_mode(model: nn.Module) -> None:
                 f"The model is in training mode ({name or 'model'}: {type(module).__name__}), so its answers depend on the batch or "
                 "on chance. Call model.eval() first; Mohs does not flip modes behind your back."
             )
+
+
+def share_of_queries(queries: int | None, rows: int, aims: int) -> int | None:
+    """Looks of one row: the limit holds for an example, so its rows share it evenly (the look that ranks the aims comes off)."""
+    if queries is None:
+        return None
+    share = (queries - bool(aims)) // rows
+    if share < 1:
+        raise UsageError(
+            f"{rows} rows per example (restarts x aims) were asked for under a limit of {queries} queries per example. "
+            "Each row needs at least one: use fewer restarts or aims, or raise Threat(queries=...)."
+        )
+    return share

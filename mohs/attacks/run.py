@@ -4,10 +4,11 @@ A row is one try at one example: a restart or an aim. All rows of a *wave* are a
 physical batches of one fixed, padded shape. Whenever the live rows fit into fewer batches, settled rows leave and the tail of
 the wave fills their places. The next wave starts from what waits, and higher rows fill the hole of its last batch.
 
-An example's answer is its lowest-numbered successful row, and a success cancels only the rows numbered above it. With the
-fixed batch shape and counter-based randomness this makes an example's result bit-identical on one machine whatever the
-order, subset, wave, shard or resumption, as far as the model's own arithmetic does not depend on a row's place in the batch
-(matrix products of some shapes do; the check 'independence of the batch' measures it).
+An example's answer is its lowest-numbered successful row, and a success cancels only the rows numbered above it. (Of a random
+model only a success beyond doubt does; without one the best row answers.) With the fixed batch shape and counter-based randomness
+this makes an example's result bit-identical on one machine whatever the order, subset, wave, shard or resumption, as far as the
+model's own arithmetic does not depend on a row's place in the batch (matrix products of some shapes do; the check 'independence of
+the batch' measures it).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from mohs import streams
 from mohs.attacks._base import Attack
 from mohs.attacks._batches import fitting_batch, usual_batch
-from mohs.attacks._inputs import check_inputs, check_mode, check_start
+from mohs.attacks._inputs import check_inputs, check_mode, check_start, share_of_queries
 from mohs.attacks._outcome import Outcome, Stop
 from mohs.attacks._quiet import QuietGenerators, keep_memory
 from mohs.attacks._ranking import Ranking, by_logit
@@ -98,7 +99,8 @@ def attack(
         guide: what gives the gradients: a ``mohs.gradients.Guide`` of the model, whose answers are the model's, or any other
             module; what is found with that is confirmed on ``model``.
         average: evaluations of a random model per look, whose objectives are averaged (expectation over transformation).
-            Default: as many as the threat's ``draws`` score it with, at most 10.
+            Default: as many as the threat's ``draws`` score it with, at most 10. What is found on one is a candidate, as many
+            looks also win by luck: see ``mohs.evaluation.confirm``.
         progress: called with (examples finished, of these broken).
 
     Returns:
@@ -184,7 +186,7 @@ class Job:
             model,
             threat.access,
             guide,
-            _share(threat.queries, self.rows, aims),
+            share_of_queries(threat.queries, self.rows, aims),
             threat.draws,
             y if targets is None else targets,
             average,
@@ -372,9 +374,9 @@ class Job:
         if self.target.queries is not None:
             found.settled |= found.queries + self.target.average > self.target.queries
         if self.stop is Stop.SUCCESS:
-            found.settled |= found.met
+            found.settled |= found.clear
             # the padding repeats a live row's numbers but never holds a success, so plain minima are right
-            self.answer.scatter_reduce_(0, problem.example[found.met], problem.number[found.met], "amin")
+            self.answer.scatter_reduce_(0, problem.example[found.clear], problem.number[found.clear], "amin")
 
     def _compact(self, pairs: list) -> list:
         """Drop settled rows and close the ranks: as few full batches as the live rows need, rows of like demand together,
@@ -415,8 +417,8 @@ class Job:
         self.spent += int(found.forwards.sum() + found.backwards.sum())
         earlier = number < self.owner[e]
         closer = (found.score > self.score[e]) | ((found.score == self.score[e]) & earlier)
-        # among successes the lowest row answers, or the best one where the whole budget is spent
-        preferred = earlier if self.stop is Stop.SUCCESS else closer
+        # among successes the row that ended the search answers; without one, where all had their whole budget, the best
+        preferred = (number == self.answer[e]) | ((self.owner[e] != self.answer[e]) & closer)
         better = torch.where(found.met, ~self.success[e] | preferred, ~self.success[e] & closer)
         e, found = e[better], found.take(better.nonzero().squeeze(1))
         self.best[e], self.success[e] = found.x, found.met
@@ -435,16 +437,3 @@ def _known() -> list[str]:
     from mohs.attacks import REGISTRY
 
     return list(REGISTRY)
-
-
-def _share(queries: int | None, rows: int, aims: int) -> int | None:
-    """Looks of one row: the limit holds for an example, so its rows share it evenly (the look that ranks the aims comes off)."""
-    if queries is None:
-        return None
-    share = (queries - bool(aims)) // rows
-    if share < 1:
-        raise UsageError(
-            f"{rows} rows per example (restarts x aims) were asked for under a limit of {queries} queries per example. "
-            "Each row needs at least one: use fewer restarts or aims, or raise Threat(queries=...)."
-        )
-    return share

@@ -12,6 +12,7 @@ from mohs.evaluation.claims import (
     judge,
     verdict,
 )
+from mohs.evaluation.confirmation import confirm
 from mohs.evaluation.distance import Distances, minimum_norm
 from mohs.evaluation.engine import evaluate
 from mohs.evaluation.evidence import Counts, Detections, Evidence, Scores, Sizes
@@ -41,6 +42,7 @@ __all__ = [
     "Stability",
     "available_plans",
     "check",
+    "confirm",
     "decided",
     "evaluate",
     "exam",

@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Inside, the generators of torch start from ``seed``; afterwards modes, buffers and all generators are restored.
+    """Inside, all global generators start from ``seed``; afterwards they, modes and buffers are restored.
 
     Args:
         model: may change its buffers and modes inside.
@@ -30,6 +30,9 @@ def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
+            random.seed(seed)
+            if numpy is not None:
+                numpy.random.seed(seed % (1 << 32))
             yield
     finally:
         random.setstate(python_state)

@@ -18,14 +18,13 @@ from mohs.attacks import Job, Outcome, by_distance, by_logit
 from mohs.attacks._batches import fitting_batch
 from mohs.data import Dataset
 from mohs.errors import ModelError, rows_text
-from mohs.evaluation import _adaptive, _afterwards, _header, claims, tactics
+from mohs.evaluation import _adaptive, _afterwards, _header, _scoring, claims, tactics
 from mohs.evaluation._bookmark import Bookmark
 from mohs.evaluation._curves import loss_curves, radius_curve
 from mohs.evaluation._order import WORTH, portions, survivors
 from mohs.evaluation._quiet import untouched
 from mohs.evaluation.checks import Probe
 from mohs.evaluation.plans import Plan, PlanStep
-from mohs.evaluation.replay import wrong
 from mohs.models import weights_hash
 from mohs.problem import Goal
 from mohs.target import classify
@@ -33,8 +32,6 @@ from mohs.threat import Threat
 
 CONTROL = 100
 """Size of the control subset: every attack runs on all of it, so that their strengths can be compared."""
-CONFIRM = 5
-"""How many times as many draws confirm a break of a random model as chose it."""
 REJECTED = "Survived includes inputs that were right and are rejected once changed."
 """What a verdict on a model that rejects has to say."""
 Notify = Callable[[str, int, int, int], None]
@@ -139,6 +136,7 @@ class Evaluation:
             if not run.header.curve:
                 run.update(curve=radius_curve(self))
                 self.bookmark.drop()
+            _scoring.score(self)
             run.ledger.drop_nearest()
             findings = findings + _adaptive.exam_of_plan(self) + self._changed()
         record = run.record()
@@ -296,7 +294,7 @@ class Evaluation:
 
     def _write(self, index: int, ids: Tensor, found: Outcome, alive: np.ndarray) -> None:
         """Record the examples whose answer has just become final, in one transaction."""
-        won = self._confirmed(found, ids)
+        won, draws = _scoring.stands(self, index, found, ids)
         label, _, confidence = self._answers(found.x[won], self.y[ids[won]])
         label_after, confidence_after = self.y[ids].cpu().numpy().copy(), np.full(len(ids), math.nan)
         mask = won.cpu().numpy()
@@ -312,25 +310,10 @@ class Evaluation:
         points = dict(zip(broken, found.x[won].cpu().numpy()))
         inputs = dict(zip(broken, self.x[ids[won]].cpu().numpy()))
         nearest = {}
-        if any(step.start == "best" for step, _ in self.steps[index + 1 :]):
+        if self.threat.draws or any(step.start == "best" for step, _ in self.steps[index + 1 :]):
             kept = (~won).nonzero().squeeze(1).tolist()
             nearest = {i: found.x[j].cpu().numpy() for j, i in zip(kept, ids[kept].tolist()) if alive[i]}
-        self.run.ledger.put_results(index, rows, points, inputs, nearest)
-
-    def _confirmed(self, found: Outcome, ids: Tensor) -> Tensor:
-        """Which successes stand, [B]: of a random model, only those that win again on draws that had no part in their choice.
-
-        The attack has put many points before the judge and kept the first that won; some won by luck.
-        """
-        if not self.threat.draws:
-            return found.success
-        won, seed = found.success.clone(), streams.text_key(f"{self.seed} confirmation") % (1 << 62)
-        for rows in won.nonzero().squeeze(1).split(self.batch):
-            won[rows] = wrong(
-                self.model, found.x[rows], self.y[ids[rows]], self.batch, CONFIRM * self.threat.draws, seed,
-                self.settings.reject,
-            )  # fmt: skip
-        return won
+        self.run.ledger.put_results(index, rows, points, inputs, nearest, draws)
 
     def _proof(self, certificate: Any, rows: Any) -> Any:
         from mohs.certificates import certify

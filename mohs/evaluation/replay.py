@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mohs.errors import RecordError
 from mohs.evaluation._quiet import untouched
+from mohs.evaluation.confirmation import drawn, fresh, needed
 from mohs.models import weights_hash
 from mohs.problem import Goal
 from mohs.records import Record
@@ -44,16 +45,15 @@ class Replayed:
 def replay(record: Record, model: nn.Module) -> Replayed:
     """Look at every stored adversarial example again, in the recorded batch shape.
 
-    Where the threat scores a random model on several draws, so does the replay: a point is confirmed when more than half
-    of that many draws answer wrongly. They are seeded, but other draws than those of the run, so a point that won
-    narrowly may fail here.
+    A point that broke a random model is asked on the very draws that confirmed it in the run (``mohs.evaluation.confirm``), and
+    has to be answered wrongly as often as it had to be then.
 
     Args:
         record: of a finished or interrupted run; its rows are first compared with their digest if it is finished.
         model: the model under test, in eval mode; another one answers whether the examples transfer to it.
 
     Returns:
-        What was confirmed and what was not. Cost: one forward per stored example and draw.
+        What was confirmed and what was not. Cost: one forward per stored example, or as many as confirmed it.
 
     Raises:
         RecordError: the rows were changed after the run, or hold points without their clean inputs.
@@ -61,7 +61,7 @@ def replay(record: Record, model: nn.Module) -> Replayed:
     if record.header.status == "complete":
         record.verify()
     threat = Threat.from_dict(record.header.threat)
-    batch = record.header.batch or 256
+    batch, reject = record.header.batch or 256, record.header.subject.reject
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     points = confirmed = 0
     outside: list[tuple[int, int]] = []
@@ -79,7 +79,13 @@ def replay(record: Record, model: nn.Module) -> Replayed:
             eps = torch.full((len(x),), threat.region.eps, dtype=x.dtype, device=device)
             inside = threat.region.contains(x, x0, eps)
             inside &= (x.flatten(1).amin(1) >= threat.box[0]) & (x.flatten(1).amax(1) <= threat.box[1])
-            met = wrong(model, x, y, batch, threat.draws, record.header.seed, record.header.subject.reject)
+            if threat.draws:
+                look = torch.from_numpy(record.confirmation(attack, ids)).to(device)
+                m, at_least = drawn(threat), [needed(drawn(threat), k) for k in look.tolist()]
+                wins = fresh(model, x, y, torch.from_numpy(ids).to(device), look, m, record.header.seed, reject)
+                met = wins >= torch.tensor(at_least, device=device)
+            else:
+                met = wrong(model, x, y, batch, record.header.seed, reject)
             points += len(ids)
             confirmed += int((inside & met).sum())
             outside += [(attack, int(i)) for i in ids[(~inside).cpu().numpy()]]
@@ -87,16 +93,11 @@ def replay(record: Record, model: nn.Module) -> Replayed:
     return Replayed(points, confirmed, outside, right, weights_hash(model) == record.header.subject.weights_sha256)
 
 
-def wrong(
-    model: nn.Module, x: Tensor, y: Tensor, batch: int, draws: int, seed: int, reject: int | None = None
-) -> Tensor:
-    """Is each point answered wrongly and not rejected, [B], by more than half of the draws where the model is random?"""
+def wrong(model: nn.Module, x: Tensor, y: Tensor, batch: int, seed: int, reject: int | None = None) -> Tensor:
+    """Is each point answered wrongly and not rejected, [B], in the batch shape of the run?"""
     if not len(x):
         return torch.zeros(0, dtype=torch.bool, device=x.device)
     fill = torch.arange(batch, device=x.device).clamp_max(len(x) - 1)
-    looks, wins = max(draws, 1), torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with untouched(model, seed), torch.no_grad():
-        for _ in range(looks):
-            logits = classify(model, x[fill])[: len(x)]
-            wins += Goal.leave(y, reject=reject).margin(logits) > rounding(logits)
-    return wins * 2 > looks
+        logits = classify(model, x[fill])[: len(x)]
+    return Goal.leave(y, reject=reject).margin(logits) > rounding(logits)

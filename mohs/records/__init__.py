@@ -11,7 +11,7 @@ from mohs.records.header import load_header
 from mohs.records.ledger import Ledger
 from mohs.records.looks import Look, look, looks_beside, read_looks
 from mohs.records.record import Record
-from mohs.records.rows import CertificateRows, Examples, Results
+from mohs.records.rows import SCORE, CertificateRows, Draws, Examples, Results
 from mohs.records.run import Run, open_run
 from mohs.records.schema import (
     SCHEMA_VERSION,
@@ -44,6 +44,7 @@ from mohs.records.stats import (
 
 __all__ = [
     "SCHEMA_VERSION",
+    "SCORE",
     "AttackSummary",
     "CertificateRows",
     "CertificateSummary",
@@ -51,6 +52,7 @@ __all__ = [
     "CurvePoint",
     "Data",
     "Diff",
+    "Draws",
     "Environment",
     "Examples",
     "Finding",

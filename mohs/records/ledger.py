@@ -20,10 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from mohs.errors import RecordError, rows_text
 from mohs.records import _files
-from mohs.records.rows import CertificateRows, Examples, Results, hash_cell, pack, unpack
+from mohs.records.rows import CertificateRows, Draws, Examples, Results, hash_cell, pack, unpack
 
 APPLICATION_ID = 0x4D6F6873  # "Mohs" in ASCII: tells our ledgers from other SQLite files
-LEDGER_VERSION = 1
+LEDGER_VERSION = 2
 
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -34,6 +34,9 @@ CREATE TABLE results (
     attack INTEGER, example INTEGER REFERENCES examples(id), success INTEGER NOT NULL, size REAL, margin REAL,
     restart INTEGER NOT NULL, label_after INTEGER NOT NULL, confidence_after REAL,
     forwards INTEGER NOT NULL, backwards INTEGER NOT NULL, queries INTEGER NOT NULL,
+    PRIMARY KEY (attack, example));
+CREATE TABLE draws (
+    attack INTEGER, example INTEGER REFERENCES examples(id), drawn INTEGER NOT NULL, wrong INTEGER NOT NULL,
     PRIMARY KEY (attack, example));
 CREATE TABLE points (
     attack INTEGER, example INTEGER, dtype TEXT NOT NULL, shape TEXT NOT NULL, blob BLOB NOT NULL,
@@ -161,7 +164,7 @@ class Ledger:
 
     def put_results(
         self, attack: int, rows: Results, points: Arrays | None = None, inputs: Arrays | None = None,
-        nearest: Arrays | None = None,
+        nearest: Arrays | None = None, draws: Draws | None = None,
     ) -> None:  # fmt: skip
         """Record what an attack found for some examples, all or nothing.
 
@@ -172,6 +175,7 @@ class Ledger:
             inputs: the clean input of each example that has a point (replay needs no data set).
             nearest: points of examples that did not break, for later attacks to begin from; of each example the one of
                 highest margin is kept until the run ends.
+            draws: of a random model, what confirmed or refuted each success that the attack reported.
         """
         points, inputs = points or {}, inputs or {}
         won = set(rows.example[rows.success].tolist())
@@ -196,6 +200,8 @@ class Ledger:
                 "INSERT OR IGNORE INTO inputs VALUES (?,?,?,?)",
                 ((int(i), *pack(x)) for i, x in inputs.items()),
             )
+            if draws is not None:
+                self._db.executemany("INSERT INTO draws VALUES (?,?,?,?)", draws.as_rows())
             if nearest:
                 margins = dict(zip(rows.example.tolist(), rows.margin.tolist()))
                 self._db.executemany(
@@ -203,6 +209,11 @@ class Ledger:
                     "dtype=excluded.dtype, shape=excluded.shape, blob=excluded.blob WHERE excluded.margin > margin",
                     ((int(i), margins[int(i)], *pack(x)) for i, x in nearest.items()),
                 )
+
+    def put_draws(self, rows: Draws) -> None:
+        """Record fresh draws of a random model, all or nothing."""
+        with self._write():
+            self._db.executemany("INSERT INTO draws VALUES (?,?,?,?)", rows.as_rows())
 
     def drop_nearest(self) -> None:
         """Forget the points of unbroken examples: the run is over."""
@@ -253,6 +264,10 @@ class Ledger:
         names = ",".join(field.name for field in fields(Results))
         rows = self._read(f"SELECT {names} FROM results WHERE attack=? ORDER BY example", attack)
         return Results.from_rows(rows)
+
+    def draws(self) -> Draws:
+        """All fresh draws of a random model, by attack and example; empty for another one."""
+        return Draws.from_rows(self._read("SELECT * FROM draws ORDER BY attack, example"))
 
     def points(self, attack: int, examples: Iterable[int] | None = None) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """The adversarial inputs an attack found: positions [M] and points [M, ...]."""
@@ -327,6 +342,7 @@ class Ledger:
 _DIGESTED = [
     ("examples", "id"),
     ("results", "attack, example"),
+    ("draws", "attack, example"),
     ("points", "attack, example"),
     ("inputs", "example"),
     ("traces", "attack, example, restart"),

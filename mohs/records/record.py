@@ -13,6 +13,7 @@ from mohs.errors import RecordError
 from mohs.records import _files, anytime, stats
 from mohs.records.header import load_header
 from mohs.records.ledger import CertificateRows, Ledger, Results
+from mohs.records.rows import SCORE, Draws
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,6 +31,7 @@ class Record:
         dir: the run directory.
         header: the content of ``record.json``.
         examples: one entry per example, by position.
+        draws: fresh draws of a random model, one entry per attacked point that was asked again.
         temporary: whatever must live as long as this record, such as a temporary directory.
     """
 
@@ -41,6 +43,7 @@ class Record:
         self.examples = ledger.examples()
         self._results = {attack: ledger.results(attack) for attack in ledger.attacks()}
         self._certificates = ledger.certificates()
+        self.draws: Draws = ledger.draws()
         self._check_rows()
 
     @classmethod
@@ -131,6 +134,27 @@ class Record:
         """Share proved right for every change the threat allows; None when no certificate ran."""
         return None if self.certified is None else _share(self.certified)
 
+    @cached_property
+    def scores(self) -> NDArray[np.float64] | None:
+        """Of a random model, the share of fresh draws on which each example stays right at the strongest point found, [N]; None
+        of another one, or before the end. The draws had no part in anything else."""
+        rows = self.draws.attack == SCORE
+        if self.n == 0 or int(rows.sum()) < self.n:
+            return None
+        return 1 - self.draws.wrong[rows] / self.draws.drawn[rows]  # type: ignore[no-any-return]
+
+    @property
+    def expected_accuracy(self) -> float | None:
+        """Of a random model, the chance that one query at the strongest point found is answered rightly, over all examples: an
+        upper bound on it for the strongest points there are. None of another model, or before the end."""
+        return None if self.scores is None else float(self.scores.mean())
+
+    def confirmation(self, attack: int, examples: Iterable[int]) -> NDArray[np.int64]:
+        """Which confirmation at its example an attack's was, of a random model: 1 where no earlier attack had one."""
+        earlier = self.draws.example[(self.draws.attack != SCORE) & (self.draws.attack < attack)]
+        asked = np.bincount(earlier, minlength=int(self.examples.id.max(initial=0)) + 1)
+        return 1 + asked[np.asarray(list(examples), dtype=np.int64)]  # type: ignore[no-any-return]
+
     def cost_curve(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Accuracy against cost: numbers of passes [M] at which examples broke, rising, and the accuracy from each on [M].
 
@@ -186,6 +210,12 @@ class Record:
             f"({k:,} of {self.n:,}, 95% interval {low:.1%} to {high:.1%}; "
             f"clean accuracy {self.clean_accuracy:.1%})"
         )
+        if self.scores is not None:
+            low, high = anytime.mean_bounds(self.scores)
+            text += (
+                "; an answer is the majority of the model's draws. A single draw at the strongest points found is right with a "
+                f"chance of {self.expected_accuracy:.1%} (95% interval {low:.1%} to {high:.1%})"
+            )
         if self.certified is not None:
             text += f"; {self.certified_accuracy:.1%} are certified"
         if self.header.status != "complete":
@@ -243,7 +273,7 @@ class Record:
 
     def _check_rows(self) -> None:
         known = set(self.examples.id.tolist())
-        answers: list[Any] = [*self._results.values(), *self._certificates.values()]
+        answers: list[Any] = [*self._results.values(), *self._certificates.values(), self.draws]
         for rows in answers:
             if set(rows.example.tolist()) - known:
                 raise RecordError(

@@ -134,6 +134,31 @@ class CertificateRows(Columns):
         return {"example": np.int64, "holds": np.bool_, "radius": np.float64}
 
 
+@dataclass(frozen=True, eq=False)
+class Draws(Columns):
+    """Fresh draws of a random model at one point, one entry per example and attack that found it.
+
+    Args:
+        attack: the attack whose point was to be confirmed; `SCORE` where its share of wrong answers was counted at the end.
+        example: position of the example.
+        drawn: how many draws.
+        wrong: on how many of them the answer is wrong (and no rejection).
+    """
+
+    attack: Any
+    example: Any
+    drawn: Any
+    wrong: Any
+
+    @classmethod
+    def _dtypes(cls) -> dict[str, type]:
+        return {"attack": np.int64, "example": np.int64, "drawn": np.int64, "wrong": np.int64}
+
+
+SCORE = -1
+"""In the place of an attack: the draws score the strongest point that was found."""
+
+
 def pack(x: NDArray[Any]) -> tuple[str, str, bytes]:
     """Turn an array into dtype, shape and little-endian bytes."""
     x = np.ascontiguousarray(x)

@@ -155,6 +155,7 @@ def totals_of(record: Record) -> Totals:
         clean_correct=int(record.correct.sum()),
         survived=int(record.survived.sum()),
         certified=None if certified is None else int(certified.sum()),
+        expected_accuracy=record.expected_accuracy,
     )
 
 

@@ -188,6 +188,10 @@ class Totals(_Part):
     clean_correct: int = Field(default=0, ge=0)
     survived: int = Field(default=0, ge=0)
     certified: int | None = Field(default=None, description="None when no certificate ran")
+    expected_accuracy: float | None = Field(
+        default=None,
+        description="of a random model: mean chance that one query at the strongest points found is answered rightly",
+    )
 
 
 class Header(_Part):

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from mohs.records import Finding, Record, write_atomically
+from mohs.records import Finding, Record, mean_bounds, write_atomically
 from mohs.reports import charts, pictures, plain, words
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -100,6 +100,10 @@ def _key(record: Record) -> list[tuple[str, str, str]]:
         total = 0 if k is None else int(k.sum())
         return name, words.percent(share), f"{total:,} of {record.n:,}; 95% {words.span(record.interval(what))}"
 
+    one_draw = []
+    if record.scores is not None:
+        under = f"of a right answer at the strongest points found; 95% {words.span(mean_bounds(record.scores))}"
+        one_draw = [("Chance of one draw", words.percent(record.expected_accuracy), under)]
     return [
         ("Certified", "–", "no certificate ran")
         if record.certified is None
@@ -107,6 +111,7 @@ def _key(record: Record) -> list[tuple[str, str, str]]:
         entry("Survived: an upper bound", "survived", record.robust_accuracy)
         if record.attacks
         else ("Survived", "–", "no attack ran"),
+        *one_draw,
         entry("Right without any attack", "correct", record.clean_accuracy),
     ]
 

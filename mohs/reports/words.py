@@ -24,6 +24,12 @@ ACCESS = {
     "LOGIT": "the logits of each query",
     "GRADIENT": "everything, gradients included (white box)",
 }
+RANDOM = (
+    "its answer is the majority of its draws. While an attack runs, {draws} fresh draws score a point; what it reports counts as "
+    "broken where an exact test on further draws says that more than half of all are wrong. Beside that stands the chance that a "
+    "single draw, one query, is right at the strongest points found"
+)
+"""Both ways in which a random model is scored."""
 STANDING = {
     "refuted certified": "It speaks of the certificates that ran. Others may prove more of these examples.",
     "refuted detection": "Each input that the detector let pass is a success of the adversary, or it flags too many clean ones.",
@@ -143,7 +149,7 @@ def threat_rows(header: Header) -> list[tuple[str, str]]:
         rows.append(("What it knows", _plain(knowledge)))
     if "draws" in left:
         draws = left.pop("draws")
-        rows.append(("Randomness", f"scored on {draws} fresh draws, by majority" if draws else "the model has none"))
+        rows.append(("Randomness", RANDOM.format(draws=draws) if draws else "the model has none"))
     return rows + [(name.replace("_", " ").capitalize(), _plain(value)) for name, value in left.items()]
 
 

@@ -15,6 +15,7 @@ from mohs.attacks import Job, Outcome
 from mohs.attacks._batches import fitting_batch
 from mohs.evaluation._inner import undefended
 from mohs.evaluation._quiet import untouched
+from mohs.evaluation.confirmation import confirm
 from mohs.models import BlackBox
 from mohs.problem import Goal
 from mohs.target import classify, rounding
@@ -27,8 +28,6 @@ SHARE = 0.01
 """Of the passes that the plan took, about so much goes into each look of these checks, beyond the fewest rows that say anything."""
 LEAST, MOST = 6, 32
 """Rows of such a look."""
-CONFIRM = 5
-"""How many times as many draws as score a random model confirm what is found on it: few would often err near one half."""
 LUCK = "Of a random model that few may be luck: survivors are also those for whom a first success was not confirmed."
 
 
@@ -181,10 +180,10 @@ class Review:
         found = job.outcome()
         if self.threat.draws and model is run.model:  # of many looks at a random model some win by luck
             won = found.success.nonzero().squeeze(1)
-            fooled = fools(
-                model, found.x[won], run.y[rows][won], CONFIRM * self.threat.draws, run.seed, run.settings.reject
+            stand = confirm(
+                model, found.x[won], run.y[rows][won], self.threat, seed=run.seed, reject=run.settings.reject
             )
-            found = replace(found, success=found.success.index_put((won,), fooled))
+            found = replace(found, success=found.success.index_put((won,), stand))
         return found
 
 

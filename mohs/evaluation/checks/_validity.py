@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from mohs.evaluation.checks._obstacles import closed, unless
-from mohs.evaluation.checks._review import CONFIRM, Review, fools
+from mohs.evaluation.checks._review import Review, fools
 from mohs.evaluation.checks._seen import Seen, ok, untested
+from mohs.evaluation.confirmation import drawn
 from mohs.records.schema import CurvePoint
 from mohs.records.stats import clopper_pearson
 from mohs.regions import Lp
@@ -65,7 +66,9 @@ def rescored(review: Review) -> Seen:
         order = np.argsort(-ids)  # other company in the batch than before
         x = torch.from_numpy(points[order]).to(run.x)
         y = run.y[torch.from_numpy(ids[order]).to(run.y)]
-        missed = ~fools(run.model, x, y, CONFIRM * review.threat.draws, run.seed + 1, run.settings.reject)
+        missed = ~fools(
+            run.model, x, y, drawn(review.threat) if review.threat.draws else 0, run.seed + 1, run.settings.reject
+        )
         right += ids[order][missed.cpu().numpy()].tolist()
         looked += len(ids)
     if not looked:
