@@ -141,7 +141,7 @@ class Record:
         rows = self.draws.attack == SCORE
         if self.n == 0 or int(rows.sum()) < self.n:
             return None
-        return 1 - self.draws.wrong[rows] / self.draws.drawn[rows]  # type: ignore[no-any-return]
+        return 1 - self.draws.wrong[rows] / self.draws.drawn[rows]
 
     @property
     def expected_accuracy(self) -> float | None:
@@ -153,7 +153,7 @@ class Record:
         """Which confirmation at its example an attack's was, of a random model: 1 where no earlier attack had one."""
         earlier = self.draws.example[(self.draws.attack != SCORE) & (self.draws.attack < attack)]
         asked = np.bincount(earlier, minlength=int(self.examples.id.max(initial=0)) + 1)
-        return 1 + asked[np.asarray(list(examples), dtype=np.int64)]  # type: ignore[no-any-return]
+        return 1 + asked[np.asarray(list(examples), dtype=np.int64)]
 
     def cost_curve(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Accuracy against cost: numbers of passes [M] at which examples broke, rising, and the accuracy from each on [M].
