@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mohs import records, streams
 from mohs.attacks import Job, Outcome, by_distance, by_logit
 from mohs.attacks._batches import fitting_batch
+from mohs.attacks.run import AVERAGE
 from mohs.data import Dataset
 from mohs.errors import ModelError, rows_text
 from mohs.evaluation import _adaptive, _afterwards, _header, _scoring, claims, tactics
@@ -251,7 +252,8 @@ class Evaluation:
 
                 def make(todo: Tensor, batch: int = batch, later: bool = later) -> Job:
                     start = self._start(step, todo, alive, later)
-                    return self.job(attack, todo, **self.settings_of(step), start=start, batch=batch)
+                    more = {"start": start, "batch": batch, "average": self.average(index)}
+                    return self.job(attack, todo, **self.settings_of(step), **more)
 
                 self._run(index, f"{name}, from {block.start}, portion {number + 1}", name, todo, portion, make, alive)
             found = self.run.ledger.results(index)
@@ -341,6 +343,17 @@ class Evaluation:
         """What a job is told of a step of the plan."""
         rank = by_distance if step.rank == "distance" else by_logit
         return {"restarts": step.restarts, "aims": _header.aims(step, self.classes), "rank": rank}
+
+    def average(self, index: int) -> int | None:
+        """Evaluations of a random model per look in an attack: those who survive the first get no fewer than usual.
+
+        One draw may do for most examples, and the tactic takes no more than it needs; it does not for the last of them.
+        """
+        tactic = self.choice.tactic
+        itself = tactic.make is not None and tactic.average == 1  # the guide averages
+        if tactic.average is None or itself or index == 0 or not self.threat.draws:
+            return tactic.average
+        return max(tactic.average, AVERAGE)
 
     def job(self, attack: Any, todo: Tensor, **settings: Any) -> Job:
         """One attack on the examples ``todo``."""
