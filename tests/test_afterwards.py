@@ -110,7 +110,7 @@ def test_a_healthy_net_trips_nothing_and_is_looked_at_by_all(healthy: Record) ->
     assert {k: v for k, v in severities.items() if v in ("warn", "block")} == {}
     assert set(severities) == {*AFTERWARDS, "radii"}
     untested = {f.id for f in healthy.header.checks if f.id in severities and "not tested" in f.saw}
-    assert untested == {"ablation", "transfer", "eight-bit"}
+    assert untested == {"ablation", "transfer", "eight-bit", "answers-only", "trained-against"}
     assert 0.2 < healthy.robust_accuracy < 0.9, "else the checks have nothing to look at"
     assert [a.name for a in healthy.header.attacks] == [s.label for s in SOUND.steps]
 
@@ -124,6 +124,8 @@ def test_a_trap_trips_all_that_can_see_it(healthy: Record, fooled: Record) -> No
     assert fooled.robust_accuracy > healthy.robust_accuracy + 0.2
     severities = found(fooled)
     assert severities["one-step"] == severities["masking"] == severities["transfer"] == "warn"
+    assert severities["answers-only"] == "warn", "labels know no gradients, and find what these hide"
+    assert {f.id: f.severity for f in fooled.header.checks}["climbs"] == "warn"
     assert severities["unbounded"] in ("warn", "block")
     assert severities["random-points"] in ("warn", "block")
     assert severities["radii"] == "info", "a larger radius helps those who do not use it no more than a smaller one"
@@ -137,6 +139,7 @@ def test_a_trap_is_sprung_by_the_ladder(healthy: Record, mended: Record) -> None
     assert "Afterwards: " in said(mended, "masking")
     assert "Done: " in said(mended, "one-step")
     assert "survivors" in said(mended, "one-step")
+    assert any(a.name.startswith("HopSkipJump") for a in mended.header.attacks)
     assert any(t.chosen and t.name != "gradients as they are" for t in mended.header.tactics)
     added = mended.header.plan.steps[1:]
     assert len(added) == len(mended.header.attacks) - 1 >= 4

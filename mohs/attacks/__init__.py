@@ -20,6 +20,7 @@ from mohs.attacks.lbfgs import LBFGS
 from mohs.attacks.mifgsm import MIFGSM
 from mohs.attacks.nifgsm import NIFGSM
 from mohs.attacks.odi import ODI
+from mohs.attacks.patch_search import PatchSearch
 from mohs.attacks.pdgd import PDGD
 from mohs.attacks.pdpgd import PDPGD
 from mohs.attacks.pgd import PGD
@@ -58,6 +59,7 @@ REGISTRY: dict[str, type] = {
         SparseFool,
         SPGD,
         LaVAN,
+        PatchSearch,
         Square,
         HopSkipJump,
     )

@@ -14,8 +14,9 @@ from mohs import streams
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_ascent, check_share
 from mohs.objectives import Objective, margin
-from mohs.problem import Problem
+from mohs.problem import Goal, Problem
 from mohs.regions import Linf, Lp, per_row
+from mohs.target import Look
 from mohs.threat import Access
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -107,11 +108,7 @@ class Square:
         assert state.best is not None
         assert state.value is not None
         look = problem.look(state.x, self.objective)
-        if look.access >= Access.LOGIT:
-            value = look.value
-        else:  # log-probabilities are logits up to a shift per row
-            tiny = torch.finfo(look.probabilities.dtype).tiny
-            value, _ = self.objective(look.probabilities.clamp_min(tiny).log(), problem.goal)
+        value = scored(look, self.objective, problem.goal)
         better = value > state.value
         best = torch.where(per_row(better, state.x), state.x, state.best)
         area = self.share * 0.5 ** sum(k * 10_000 // self.steps > late for late in HALVINGS)
@@ -122,6 +119,14 @@ class Square:
             draws = streams.uniform(problem.key, (BLOCK, numbers), draw=2 + k // BLOCK)
         x = propose(problem, best, area, draws[:, k % BLOCK])
         return SquareState(x, None, best, torch.where(better, value, state.value), draws)
+
+
+def scored(look: Look, objective: Objective, goal: Goal) -> Tensor:
+    """The objective at a look that may show no more than probabilities, [B]: their logarithms are logits up to a shift per row."""
+    if look.access >= Access.LOGIT:
+        return look.value
+    tiny = torch.finfo(look.probabilities.dtype).tiny
+    return objective(look.probabilities.clamp_min(tiny).log(), goal)[0]
 
 
 def square(problem: Problem, best: Tensor, area: float, u: Tensor) -> Tensor:

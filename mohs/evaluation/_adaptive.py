@@ -10,7 +10,7 @@ from torch import nn
 from mohs import defenses, records
 from mohs.errors import ThreatError, UsageError
 from mohs.evaluation import tactics
-from mohs.evaluation._afterwards import of_curve
+from mohs.evaluation._afterwards import of_curves
 from mohs.evaluation._quiet import untouched
 from mohs.evaluation.checks import Probe, examine, usable
 from mohs.evaluation.exam import exam
@@ -82,8 +82,8 @@ def findings(run: Evaluation) -> list[records.Finding]:
 
 
 def exam_of_plan(run: Evaluation) -> list[records.Finding]:
-    """Is the curve of accuracy sound, and would this plan find what is there, with the gradients it had?"""
-    drawn = [of_curve(run.run.header.curve)]
+    """Are the curves sound, and would this plan find what is there, with the gradients it had?"""
+    drawn = of_curves(run.run.record())
     if not run.settings.exam or not run.steps:
         return drawn
     tactic = run.choice.tactic

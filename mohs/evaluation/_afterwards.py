@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mohs import records
-from mohs.attacks import APGD, FGSM, PGD, SPGD, LaVAN, Square
+from mohs.attacks import APGD, FGSM, PGD, SPGD, LaVAN, PatchSearch, Square
 from mohs.attacks.run import refused_norm
 from mohs.errors import RecordError
 from mohs.evaluation import tactics
@@ -17,7 +17,9 @@ from mohs.evaluation._header import aims
 from mohs.evaluation._inner import FAILURES
 from mohs.evaluation._random_points import RandomPoints
 from mohs.evaluation._student import student
-from mohs.evaluation.checks import AFTERWARDS, CURVE, Finding
+from mohs.evaluation.checks import AFTERWARDS, CLIMBS, CURVE, Finding
+from mohs.evaluation.checks._answers import SEARCH
+from mohs.evaluation.checks._climb import climbs
 from mohs.evaluation.checks._review import Review
 from mohs.evaluation.checks._seen import Seen
 from mohs.evaluation.checks._validity import radii
@@ -33,7 +35,7 @@ SHARE = 0.125
 """Share of the survivors that a further attack takes first; it goes on while it breaks some (``_order.WORTH``)."""
 DOUBLINGS = 2
 """How often more steps or restarts are given."""
-SUSPICIONS = ("one-step", "masking", "random-points", "unbounded", "transfer")
+SUSPICIONS = ("one-step", "masking", "random-points", "unbounded", "transfer", "answers-only")
 """Checks that say: the gradients of the plan hide something."""
 NOT_ENOUGH = {"optimisation": "steps", "restarts": "restarts"}
 """Checks that say: more of the same would find more."""
@@ -47,7 +49,10 @@ def review(run: Evaluation) -> list[Finding]:
     planned = len(run.steps)
     run.notify("checks after the plan", 0, 1, 0)
     looked = Review(run, planned)
-    seen = {id_: _looked(function, looked) for id_, (_, function) in AFTERWARDS.items()}
+    seen: dict[str, Seen] = {}
+    looked.seen = seen
+    for id_, (_, function) in AFTERWARDS.items():
+        seen[id_] = _looked(function, looked)
     done: dict[str, list[str]] = {}
     if run.settings.adaptive != "off" and not looked.closed:
         ladder = _Ladder(run, looked)
@@ -58,6 +63,9 @@ def review(run: Evaluation) -> list[Finding]:
                     break
                 done.setdefault(id_, []).append(ladder.more(id_, times))
             _again(run, id_, seen, planned)
+        if seen["step-size"].severity == "warn":
+            done["step-size"] = [ladder.sound("step-size")]
+            _again(run, "step-size", seen, planned)
         for id_ in SUSPICIONS:  # what only lacked steps is no suspicion
             _again(run, id_, seen, planned)
         loud = [id_ for id_ in SUSPICIONS if seen[id_].severity in ("warn", "block")]
@@ -65,7 +73,7 @@ def review(run: Evaluation) -> list[Finding]:
             done[loud[0]] = ladder.suspicion(loud)
             done.update({id_: [f"Done: see '{AFTERWARDS[loud[0]][0]}'."] for id_ in loud[1:]})
             for id_ in loud:
-                again = _looked(AFTERWARDS[id_][1], Review(run, len(run.steps)))
+                again = _looked(AFTERWARDS[id_][1], _so_far(run, seen))
                 untested = again.saw.startswith("not tested")
                 calmer = (
                     "warn"
@@ -79,9 +87,12 @@ def review(run: Evaluation) -> list[Finding]:
     return [_finding(id_, AFTERWARDS[id_][0], seen[id_], done.get(id_, [])) for id_ in AFTERWARDS]
 
 
-def of_curve(curve: list[records.CurvePoint]) -> Finding:
-    """What the curve of accuracy against radius says."""
-    return _finding("radii", CURVE, radii(curve), [])
+def of_curves(record: records.Record) -> list[Finding]:
+    """What the loss curves and the curve of accuracy against radius say."""
+    return [
+        _finding("climbs", CLIMBS, climbs(record.traces()), []),
+        _finding("radii", CURVE, radii(record.header.curve), []),
+    ]
 
 
 def _looked(function: Callable[[Review], Seen], looked: Review) -> Seen:
@@ -98,7 +109,7 @@ def _again(run: Evaluation, id_: str, seen: dict[str, Seen], planned: int) -> No
     before = seen[id_]
     if len(run.steps) == planned or before.severity not in ("warn", "block"):
         return
-    after = _looked(AFTERWARDS[id_][1], Review(run, len(run.steps)))
+    after = _looked(AFTERWARDS[id_][1], _so_far(run, seen))
     saw = f"{_first(before)}. Afterwards: {after.saw}"
     if after.saw.startswith("not tested"):
         seen[id_] = replace(before, saw=saw)
@@ -108,6 +119,13 @@ def _again(run: Evaluation, id_: str, seen: dict[str, Seen], planned: int) -> No
         seen[id_] = Seen(
             "info", saw, "The plan's attacks had not come to their end; the further ones that were run have."
         )
+
+
+def _so_far(run: Evaluation, seen: dict[str, Seen]) -> Review:
+    """The rows of all that has run, and what the checks saw."""
+    looked = Review(run, len(run.steps))
+    looked.seen = seen
+    return looked
 
 
 def _first(seen: Seen) -> str:
@@ -136,6 +154,10 @@ class _Ladder:
             return self._rung(self.looked.longer(2**times), what, share=SHARE, restarts=like.restarts, like=like)
         return self._rung(attack, what, share=SHARE, restarts=like.restarts * 5**times, like=like)
 
+    def sound(self, reason: str) -> str:
+        """An attack whose steps set themselves."""
+        return self._rung(_sound(self.run), reason, share=SHARE)
+
     def suspicion(self, loud: list[str]) -> list[str]:
         """Other gradients, then none, then those of other nets."""
         run = self.run
@@ -146,12 +168,14 @@ class _Ladder:
         if "random-points" in loud:
             said.append(self._rung(RandomPoints(), reason))
         if white:  # the plan's own may be set badly
-            said.append(self._rung(_sound(run), reason, share=SHARE))
+            said.append(self.sound(reason))
         if white and not run.choice.trials:
             said.append(self._gradients(reason))
-        search = Square(steps=500)
+        search = PatchSearch(steps=500) if isinstance(run.threat.region, Patch) else Square(steps=500)
         if run.threat.access >= Access.SCORE and not refused_norm(search, run.threat):
             said.append(self._rung(search, reason, share=SHARE))
+        if "answers-only" in loud:  # the dearest, and only where it has shown that it breaks some
+            said.append(self._rung(SEARCH, reason, share=SHARE))
         said.append(self._transfer(reason, white))
         return [text for text in said if text]
 

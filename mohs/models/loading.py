@@ -96,11 +96,13 @@ def load(spec: str, *, weights: str | Path | None = None, arch: str | None = Non
         module, notes = load_onnx(check_file(spec))
     elif suffix in SUFFIXES:
         path = check_file(spec)
-        stored = read_metadata(path).get("arch") if suffix == ".safetensors" else None
+        facts = read_metadata(path) if suffix == ".safetensors" else {}
+        stored = facts.get("arch")
         if arch is None and not isinstance(stored, str):
             raise ModelError(f"{path} holds weights only; say which net they belong to with arch, one of {_nets()}.")
         module = _build(arch or str(stored))
         notes = _fill(module, path)
+        _note_training(module, facts)
     else:
         module = _build(spec)
         if weights is not None:
@@ -256,7 +258,14 @@ def _load_bundled(name: str, folder: Path | None = None) -> nn.Module:
         raise ModelError(f"bundled:{name}: unknown architecture {info['arch']!r}; known are {_nets()}.")
     module = NETS[info["arch"]]()
     _fill(module, path)
+    _note_training(module, info)
     return module
+
+
+def _note_training(module: nn.Module, facts: Mapping[str, Any]) -> None:
+    """Let the module say which attack it was trained against, where its file does; a check of evaluations asks."""
+    if isinstance(facts.get("against"), str):
+        module.trained_against = facts["against"]
 
 
 def _nets() -> str:

@@ -172,6 +172,8 @@ class _Run:
         weights = self.out / WEIGHTS
         if self.world.main:
             facts = {"arch": self.recipe.net, "recipe": self.recipe.name, "settings": repr(self.recipe)}
+            if self.recipe.objective.attack is not None:
+                facts["against"] = self.model.trained_against = repr(self.recipe.objective.attack)
             save_weights(self.model, weights, facts)
         self.world.wait()
         return Trained(self.model, weights, self.position.history, warnings, self.position.seconds)

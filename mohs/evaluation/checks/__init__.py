@@ -18,7 +18,10 @@ from mohs.evaluation._given import pair
 from mohs.evaluation._quiet import untouched
 from mohs.evaluation.checks import (
     _ablation,
+    _aimed,
+    _answers,
     _behaviour,
+    _climb,
     _consistency,
     _convergence,
     _gradient,
@@ -52,6 +55,9 @@ CHECKS: dict[str, tuple[str, Callable[[Probe], Seen]]] = {
 AFTERWARDS: dict[str, tuple[str, Callable[[Review], Seen]]] = {
     "optimisation": ("more steps change nothing", _convergence.optimisation),
     "restarts": ("more restarts change nothing", _convergence.restarts),
+    "step-size": ("other step sizes change nothing", _climb.step_size),
+    "means-success": ("the objective means success", _climb.means_success),
+    "settled": ("attacks come to their end", _climb.settled),
     "one-step": ("iterations beat one step", _convergence.one_step),
     "unbounded": ("without a bound the attack succeeds", _convergence.unbounded),
     "masking": ("gradients beat search without them", _consistency.masking),
@@ -60,6 +66,9 @@ AFTERWARDS: dict[str, tuple[str, Callable[[Review], Seen]]] = {
     "families": ("kinds of attacks", _consistency.families),
     "ablation": ("the model without its defense", _ablation.ablation),
     "transfer": ("transfer from the model without its defense", _ablation.transfer),
+    "answers-only": ("gradients beat answers alone", _answers.answers_only),
+    "stand-in": ("the model itself is attacked", _aimed.stand_in),
+    "trained-against": ("other attacks than in training", _aimed.trained_against),
     "feasible": ("points inside region and box", _validity.feasible),
     "rescored": ("points fool the model again", _validity.rescored),
     "eight-bit": ("points as images of 8 bits", _validity.eight_bit),
@@ -69,6 +78,8 @@ AFTERWARDS: dict[str, tuple[str, Callable[[Review], Seen]]] = {
 """Every check of an evaluation after its plan, by id, in the order of the findings. Each looks at the rows, or at little more."""
 CURVE = "more radius breaks no less"
 """Name of the check of the accuracy curve, which is drawn last."""
+CLIMBS = "the objective rises"
+"""Name of the check of the loss curves."""
 
 
 def check(
@@ -152,4 +163,4 @@ def usable(model: nn.Module, x: Any, y: Any, stated: float | None, batch: int | 
         raise UsageError(f"batch must be a whole number >= 1; got {batch!r}.")
 
 
-__all__ = ["AFTERWARDS", "CHECKS", "CURVE", "Finding", "Probe", "check", "examine", "usable"]
+__all__ = ["AFTERWARDS", "CHECKS", "CLIMBS", "CURVE", "Finding", "Probe", "check", "examine", "usable"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from mohs.attacks import Job, Outcome
 from mohs.attacks._batches import fitting_batch
 from mohs.evaluation._inner import undefended
 from mohs.evaluation._quiet import untouched
+from mohs.evaluation.checks._seen import Seen
 from mohs.evaluation.confirmation import confirm
 from mohs.models import BlackBox
 from mohs.problem import Goal
@@ -38,7 +40,7 @@ class Review:
         run: the evaluation, with its open record.
         upto: only rows of attacks before this one count, so that a resumed run sees what an uninterrupted one saw.
 
-    ``passes``: forwards and backwards of the attacks that were tried so far.
+    ``passes``: forwards and backwards of the attacks that were tried so far. ``seen``: what the checks before this one saw, by id.
     """
 
     def __init__(self, run: Evaluation, upto: int) -> None:
@@ -47,6 +49,7 @@ class Review:
         self.attacks = [a for a in self.record.attacks if a < upto]
         self.steps = run.steps[:upto]
         self.passes = 0
+        self.seen: Mapping[str, Seen] = {}
 
     # ---- rows -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,84 @@
+"""Check after the plan: do attacks that see nothing but the answer break what gradients and scores did not?"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mohs.attacks import HopSkipJump
+from mohs.attacks.run import refused_norm
+from mohs.evaluation.checks._review import Review
+from mohs.evaluation.checks._seen import Seen, ok
+
+SEARCH = HopSkipJump(steps=500, votes=40)
+"""What the check runs, and the ladder after it."""
+FORWARDS = 20
+"""For each example of the evaluation, about so many forwards may go into the check."""
+LEAST, MOST = 3, 8
+"""Rows it runs on."""
+BEFORE = ("no-gradient", "zero-gradient", "gradient-promise")
+"""Checks before the plan that make gradients suspect."""
+AFTER = ("masking", "one-step", "random-points", "unbounded")
+"""Checks after the plan that do."""
+
+
+def answers_only(review: Review) -> Seen:
+    """Do labels alone break what attacks with gradients did not? No pass where nothing else makes the gradients suspect; else 501
+    forwards for each of 3 to 8 examples, about 20 for each example of the evaluation."""
+    if reason := review.closed or refused_norm(SEARCH, review.threat):
+        return Seen("info", f"not tested: {reason}")
+    if review.threat.draws:
+        return Seen("info", "not tested: the boundary of a random model has no one side")
+    if not review.sighted:
+        return Seen("info", "not tested: the plan has no iterative attack with gradients")
+    loud = suspicions(review)
+    if not loud:
+        return Seen(
+            "info", "not tested: no other check makes the gradients suspect, and labels alone take hundreds of queries"
+        )
+    count = int(np.clip(FORWARDS * review.record.n // SEARCH.steps, LEAST, MOST))
+    rows = review.near(count, review.record.correct & ~review.won(review.attacks))
+    if not len(rows):
+        return ok("there are no survivors")
+    found = review.tried(SEARCH, rows, guide=None, start=others(review, rows))
+    new, n = int(found.success.sum()), len(rows)
+    saw = (
+        f"{SEARCH.steps} queries of HopSkipJump, by the answers alone, break {new} of the {n} survivors nearest to breaking "
+        f"(threshold: one; asked because of {', '.join(loud)})"
+    )
+    if not new:
+        return ok(saw)
+    if new == 1:
+        return Seen("info", saw, "One is to be expected: each attack finds some that others miss.")
+    return Seen(
+        "warn", saw,
+        "Who sees the answer alone should find far less than who sees gradients. Where that is not so, gradients and scores hide "
+        "the way, and what survived them says little.",
+        "Run HopSkipJump with thousands of queries on all survivors, and look for a guide past what hides the gradient "
+        "(mohs.gradients).",
+    )  # fmt: skip
+
+
+def suspicions(review: Review) -> list[str]:
+    """Ids of the checks that make the gradients suspect."""
+    loud = ("warn", "block")
+    before = [f.id for f in review.run.run.header.checks if f.id in BEFORE and f.severity in loud]
+    return before + [id_ for id_ in AFTER if id_ in review.seen and review.seen[id_].severity in loud]
+
+
+def others(review: Review, rows: Tensor) -> Tensor:
+    """For each row the nearest example that the model answers otherwise, of the first 256; itself where there is none."""
+    run = review.run
+    answers = torch.from_numpy(review.record.examples.clean_label).to(run.y)[:256]
+    points = run.x[: len(answers)]
+    able = (answers >= 0) & (answers < run.classes)
+    chosen = []
+    for row in rows.tolist():
+        wrong = (able & (answers != run.y[row])).nonzero().squeeze(1)
+        if not len(wrong):
+            chosen.append(run.x[row])
+            continue
+        size = review.threat.region.measure(points[wrong], run.x[row : row + 1].expand_as(points[wrong]))
+        chosen.append(points[wrong[size.argmin()]])
+    return torch.stack(chosen)
