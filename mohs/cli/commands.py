@@ -103,7 +103,8 @@ Reject = Annotated[
     ),
 ]
 SealFile = Annotated[
-    Path | None, Parameter(group=_what, help="evaluate the examples that mohs seal chose, and write the look down")
+    Path | None,
+    Parameter(group=_what, help="evaluate the examples that mohs seal chose, and write the look down beside FILE"),
 ]
 Stated = Annotated[float | None, Parameter(group=_how, help="clean accuracy the model is said to have, 0 to 1")]
 
@@ -278,7 +279,7 @@ def seal(data: Data, /, *, n: Annotated[int, Parameter(name=["--n"])], out: Path
     from mohs import data as datasets
     from mohs.evaluation import Seal
 
-    made = Seal.of(len(datasets.load(data, split=split)), n)
+    made = Seal.of(datasets.load(data, split=split), n)
     made.write(out)
     screen.say(
         f"wrote {out}: {n} examples of {data}. Publish the commitment, and keep the file to yourself:\n{made.commitment}"

@@ -148,11 +148,13 @@ class Evaluation:
             certificates=_header.certificates(record), verdict=self._verdict(record, findings),
         )  # fmt: skip
 
-    def judge(self, run: records.Run) -> None:
+    def judge(self, run: records.Run, sealed: records.Sealed | None = None) -> None:
         """Of a complete run: check that its rows are those it ended with, and give the verdict on another claim."""
         record = run.record()
         record.verify()
         claim = _header.claimed(self.claim)
+        if sealed is not None and sealed != run.header.sealed:  # made before from the same examples, without the seal
+            run.update(sealed=sealed)
         if claim != run.header.claim:
             run.update(claim=claim, verdict=self._verdict(record, run.header.checks))
 

@@ -76,7 +76,8 @@ def evaluate(
             asks for after the plan runs on these examples alone, and may leave the claim undecided.
         reject: index of the logit by which the model rejects an input: to be rejected is no success for an attack, and no right
             answer either. None: what its defenses declare.
-        seal: examples chosen beforehand (``Seal``): evaluate these alone, and write the look down beside ``out``.
+        seal: examples chosen beforehand (``Seal``): evaluate these alone, and write the look down beside the
+            seal's file.
         stated_accuracy: clean accuracy the model is said to have, checked against the measured one.
         subject, command: how model and run are named in the record.
         notify: progress, see ``Notify``.
@@ -117,10 +118,12 @@ def evaluate(
     if until == "decided" and claim is None:
         raise UsageError("until='decided' needs a claim to decide, such as claim='accuracy >= 0.6'; got none.")
     if seal is not None and out is None:
-        raise UsageError("Sealed examples need a directory, beside which the look at them is written down: give out=.")
+        raise UsageError(
+            "A look at sealed examples needs a record that says what was seen: give out=, the directory of it."
+        )
     data = dataset(data)
     if seal is not None:
-        data = data.take(indices=seal.opened())
+        data = seal.opened(data)
     if until == "decided":
         data = data.take(indices=shuffled(data, seed))
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), data.x.device)
@@ -139,7 +142,7 @@ def evaluate(
         run = Evaluation(model, data, x, y, threat, plan, claim, list(certificates), settings, notify)
         if claim is not None:
             claims.require(claim, certificates, rejects=run.settings.reject is not None)
-        looked = None if seal is None or out is None else seal.look(out, run.identity(out), command or "mohs.evaluate")
+        looked = None if seal is None or out is None else seal.look(run.identity(out), command or "mohs.evaluate")
         _adaptive.look(run, stated_accuracy)
         header = run.header(stated_accuracy, subject or type(model).__name__, command, looked)
         # whatever can be refused is refused before the directory is touched
@@ -163,7 +166,7 @@ def _recorded(
     try:
         with records.open_run(place, header) as opened:
             if findings is None:
-                run.judge(opened)
+                run.judge(opened, header.sealed)
             else:
                 run.go(opened, header, findings)
             return opened.record()

@@ -9,7 +9,7 @@ from mohs.records.anytime import confidence_sequence, finite_sequence, mean_boun
 from mohs.records.diff import Diff, diff
 from mohs.records.header import load_header
 from mohs.records.ledger import Ledger
-from mohs.records.looks import Look, look, looks_beside, read_looks
+from mohs.records.looks import Look, look, looks_of, read_looks
 from mohs.records.record import Record
 from mohs.records.rows import SCORE, CertificateRows, Draws, Examples, Results
 from mohs.records.run import Run, open_run
@@ -77,7 +77,7 @@ __all__ = [
     "identity_of",
     "load_header",
     "look",
-    "looks_beside",
+    "looks_of",
     "lower_bound",
     "mcnemar",
     "mcnemar_of",

@@ -15,8 +15,6 @@ from mohs.errors import RecordError
 from mohs.records import _files
 from mohs.records.schema import Sealed
 
-NAME = "looks.jsonl"
-
 
 @dataclass(frozen=True)
 class Look:
@@ -33,9 +31,10 @@ class Look:
     run: str
 
 
-def looks_beside(directory: str | Path) -> Path:
-    """Where the looks of a run are listed: beside its directory, so that the runs in one folder share a list."""
-    return Path(directory).absolute().parent / NAME
+def looks_of(seal: str | Path) -> Path:
+    """Where the looks at what a seal closes are listed: beside its file, by whatever link it was reached."""
+    file = Path(seal).resolve()
+    return file.with_name(f"{file.name}.looks.jsonl")
 
 
 def read_looks(path: str | Path) -> list[Look]:
@@ -47,7 +46,7 @@ def read_looks(path: str | Path) -> list[Look]:
     path = Path(path)
     with _files.guard(path, "read the list of looks"):
         content = path.read_bytes() if path.exists() else b""
-    return _parsed(path, content)
+    return [one for one, _ in _parsed(path, content)]
 
 
 def look(path: str | Path, commitment: str, *, who: str, run: str) -> Sealed:
@@ -69,9 +68,11 @@ def look(path: str | Path, commitment: str, *, who: str, run: str) -> Sealed:
     path = Path(path)
     with _alone(path), _files.guard(path, "write down the look"):
         content = path.read_bytes() if path.exists() else b""
-        seen = [other for other in _parsed(path, content) if other.commitment in (commitment, "")]
-        at = next((i for i, other in enumerate(seen) if other.commitment and other.run == run), None)
-        if at is None:
+        seen = [(other, end) for other, end in _parsed(path, content) if other.commitment in (commitment, "")]
+        at = next((i for i, (other, _) in enumerate(seen) if other.commitment and other.run == run), None)
+        if at is not None:
+            content = content[: seen[at][1]]  # as it was when this run looked first, whoever has looked since
+        else:
             # what a process that was killed left of a line stays, as it may have looked
             start = b"" if not content or content.endswith(b"\n") else b"\n"
             before = content + start
@@ -85,7 +86,8 @@ def look(path: str | Path, commitment: str, *, who: str, run: str) -> Sealed:
     return Sealed(commitment=commitment, look=at + 1, head=_hash(content))
 
 
-def _parsed(path: Path, content: bytes) -> list[Look]:
+def _parsed(path: Path, content: bytes) -> list[tuple[Look, int]]:
+    """Each look, and where its line ends."""
     found, at = [], 0
     lines = content.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
@@ -93,15 +95,15 @@ def _parsed(path: Path, content: bytes) -> list[Look]:
             entry = json.loads(line)
             previous, one = entry["previous"], Look(entry["seal"], entry["who"], entry["run"])
         except (ValueError, KeyError, TypeError):
-            found.append(Look("", "unknown: the line was cut short", ""))
+            one = Look("", "unknown: the line was cut short", "")
         else:
             if previous != _hash(content[:at]):
                 raise RecordError(
                     f"{path}: line {number} does not fit what comes before it, so the list of looks was changed. Restore it "
                     "from a copy; without it nobody can tell how often the examples were looked at."
                 )
-            found.append(one)
         at += len(line)
+        found.append((one, at))
     return found
 
 

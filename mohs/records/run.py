@@ -58,6 +58,7 @@ class Run:
         return self.update(
             status="running", command=header.command, environment=header.environment,
             stated_accuracy=header.stated_accuracy, limits=list(dict.fromkeys(limits)),
+            sealed=header.sealed or self.header.sealed,  # who goes on without the seal has looked all the same
         )  # fmt: skip
 
     def finish(self, status: str = "complete", **fields: Any) -> Header:

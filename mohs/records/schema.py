@@ -92,7 +92,7 @@ class Claim(_Part):
 class Sealed(_Part):
     """The examples were chosen and committed to before; this is who looked at them when."""
 
-    commitment: str = Field(description="hash of the positions and a salt")
+    commitment: str = Field(description="hash of the positions, of the inputs and labels there, and of a salt")
     look: int = Field(ge=1, description="1: nobody had looked before")
     head: str = Field(description="hash of the list of looks up to this one")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from mohs.errors import ClaimError, DataError, ThreatError, UsageError
 from mohs.evaluation import Plan, PlanStep, Seal, _stages, replay
 from mohs.evaluation._order import shuffled
 from mohs.evaluation._stages import Evaluation, Settings
-from mohs.evaluation.seal import seal
 from mohs.threat import Threat
 
 BATCH, TOTAL = 16, 160
@@ -142,8 +142,7 @@ class TestUntilDecided:
 
 class TestSealed:
     def test_only_the_sealed_examples_are_seen_and_the_look_is_listed(self, tmp_path: Path) -> None:
-        sealed = Seal.of(TOTAL, 20)
-        sealed.write(tmp_path / "seal.json")
+        sealed = Seal.of(data(), 20).write(tmp_path / "seal.json")
         assert Seal.read(tmp_path / "seal.json") == sealed
         given: dict[str, Any] = {"plan": short_plan(2, 1), "batch": BATCH, "control": 0, "seal": sealed}
         record = mohs.evaluate(conv(), data(), THREAT, out=tmp_path / "a", **given)
@@ -152,22 +151,26 @@ class TestSealed:
         assert record.header.sealed.look == 1
         again = mohs.evaluate(conv(), data(), THREAT, out=tmp_path / "a", **given)
         assert again.header.sealed == record.header.sealed, "the same run sees the same again"
-        second = mohs.evaluate(conv(), data(), THREAT, out=tmp_path / "b", **given)
+        second = mohs.evaluate(conv(), data(), THREAT, out=tmp_path / "elsewhere" / "b", **given)
         assert second.header.sealed is not None
         assert second.header.sealed.look == 2
-        assert [look.who for look in records.read_looks(tmp_path / "looks.jsonl")] == ["mohs.evaluate"] * 2
+        assert [look.who for look in records.read_looks(records.looks_of(tmp_path / "seal.json"))] == [
+            "mohs.evaluate"
+        ] * 2
 
     def test_other_examples_do_not_open_it(self, tmp_path: Path) -> None:
-        sealed = Seal.of(TOTAL, 5)
-        forged = Seal(sealed.commitment, tuple(reversed(sealed.indices)), sealed.salt)
+        sealed = Seal.of(data(), 5).write(tmp_path / "seal.json")
+        forged = replace(sealed, indices=tuple(reversed(sealed.indices)))
         with pytest.raises(DataError, match="do not fit the commitment"):
             mohs.evaluate(conv(), data(), THREAT, out=tmp_path / "a", seal=forged)
-        assert not (tmp_path / "looks.jsonl").exists()
+        with pytest.raises(DataError, match="other inputs or labels"):
+            mohs.evaluate(conv(), (1 - data().x, data().y), THREAT, out=tmp_path / "a", seal=sealed)
+        assert not records.looks_of(tmp_path / "seal.json").exists()
         assert not (tmp_path / "a").exists()
 
     def test_a_look_needs_a_place_to_be_written_down(self) -> None:
         with pytest.raises(UsageError, match="give out="):
-            mohs.evaluate(conv(), data(), THREAT, seal=Seal.of(TOTAL, 5))
+            mohs.evaluate(conv(), data(), THREAT, seal=Seal.of(data(), 5))
 
     def test_bad_files(self, tmp_path: Path) -> None:
         path = tmp_path / "seal.json"
@@ -177,17 +180,43 @@ class TestSealed:
         with pytest.raises(DataError, match="no seal"):
             Seal.read(path)
         with pytest.raises(DataError, match="exists"):
-            Seal.of(4, 2).write(path)
+            Seal.of(data(4), 2).write(path)
         with pytest.raises(DataError, match="1 to 4"):
-            Seal.of(4, 5)
+            Seal.of(data(4), 5)
 
     def test_to_end_early_they_are_shuffled(self, tmp_path: Path) -> None:
         # whoever sealed them chose their order; the bounds need one that nobody chose
         by_class = sorted(range(TOTAL), key=lambda i: int(data().y[i]))
-        sealed = Seal(seal(by_class, "a salt that is long enough"), tuple(by_class), "a salt that is long enough")
+        sealed = Seal.closed(data(), by_class, "a salt that is long enough").write(tmp_path / "seal.json")
         record = judged("accuracy >= 0.95", tmp_path / "a", seal=sealed)
         assert record.n < TOTAL
         assert len(set(record.examples.label.tolist())) > 3
+
+    def test_a_record_that_was_made_without_the_seal_takes_it_and_keeps_it(self, tmp_path: Path) -> None:
+        sealed = Seal.closed(data(), range(20), "a salt that is long enough").write(tmp_path / "seal.json")
+        given: dict[str, Any] = {"plan": short_plan(2, 1), "batch": BATCH, "control": 0}
+        out = tmp_path / "a"
+        bare = mohs.evaluate(conv(), data(20), THREAT, out=out, **given)
+        assert bare.header.sealed is None
+        mohs.evaluate(conv(), data(), THREAT, out=out, seal=sealed, **given)
+        noted = records.load_header(out).sealed
+        assert noted is not None
+        assert noted.commitment == sealed.commitment
+
+        def stop(stage: str, done: int, total: int, broken: int) -> None:
+            if stage.startswith("3/3"):
+                raise KeyboardInterrupt
+
+        # the same of a run that was interrupted, and goes on with the seal, then without
+        out = tmp_path / "b"
+        with pytest.raises(KeyboardInterrupt):
+            mohs.evaluate(conv(), data(20), THREAT, out=out, notify=stop, **given)
+        with pytest.raises(KeyboardInterrupt):
+            mohs.evaluate(conv(), data(), THREAT, out=out, notify=stop, seal=sealed, **given)
+        assert records.load_header(out).sealed is not None
+        ended = mohs.evaluate(conv(), data(20), THREAT, out=out, **given)
+        assert ended.header.sealed is not None
+        assert ended.header.sealed.look == 2
 
 
 class Wary(nn.Module):
