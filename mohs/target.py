@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mohs.errors import AccessError, DataError, ModelError, rows_text
 from mohs.guide import Guide, answers_for, wraps
 from mohs.objectives import Objective, margin
-from mohs.problem import Problem
+from mohs.problem import Goal, Problem
 from mohs.threat import Access
 
 CLEAR = 0.95
@@ -20,6 +20,9 @@ CLEAR = 0.95
 
 Near one half a point often wins by luck, and a row looks at many points. So a row that wins narrowly goes on, and its best point
 counts. Nineteen of twenty draws are rarely won by luck where a third of all are lost, and little is left to gain from there on."""
+
+NEVER = 100.0
+"""How far, in logits, the rejection that a guide lacks lies below the guide's lowest logit."""
 
 
 def classify(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -232,9 +235,9 @@ class Target:
             )
         x = x.detach().requires_grad_(True)
         with torch.enable_grad():
-            graphs = [classify(self.guide, x) for _ in range(self.average)]
+            graphs = [self._fitting(classify(self.guide, x), problem.goal) for _ in range(self.average)]
         logits = [graph.detach() for graph in graphs]
-        self._known(logits[0])
+        self._known(logits[0], self.own)
         values, cotangents = zip(*[(objective or margin)(z, problem.goal) for z in logits], strict=True)
         value = _mean(values)
         lead, met = self._nominate(
@@ -260,15 +263,41 @@ class Target:
         with torch.no_grad():  # not inference_mode: what a model caches in its forward must stay usable with gradients
             asked, live = self.model if shown else self.guide, ~problem.found.settled
             logits = [_ask(asked, x.detach(), live) for _ in range(self.average)]
-        self._known(logits[0])
+            if not shown:
+                logits = [self._fitting(z, problem.goal) for z in logits]
+        self._known(logits[0], shown or self.own)
         value = None if objective is None else _mean([objective(z, problem.goal)[0] for z in logits])
         lead, met = self._nominate(problem, x.detach(), logits, value, asked=shown, passes=self.average, sure=shown)
         labels = None if len(logits) == 1 else torch.stack([answers(z) for z in logits])
         return Look(self.access, _mean(logits), lead, met, _value=value, _answers=labels)
 
-    def _known(self, logits: Tensor) -> None:
+    def _known(self, logits: Tensor, own: bool) -> None:
         if self.labels is not None and self.highest >= logits.shape[1]:
-            _refuse_labels(self.labels, logits.shape[1])
+            _refuse_labels(self.labels, logits.shape[1], "model" if own else "guide")
+
+    def _fitting(self, logits: Tensor, goal: Goal) -> Tensor:
+        """The guide's logits, with one for the rejection where the model has it and the guide does not.
+
+        A stand-in that never rejects (the net inside a detector, a surrogate) leads past the classifier alone; what the rejection
+        makes of it is for the model to judge.
+        """
+        if goal.reject is None or self.own or logits.shape[1] > goal.reject:
+            return logits
+        if logits.shape[1] < goal.reject or bool((goal.reach & (goal.label == goal.reject)).any()):
+            raise ModelError(
+                f"The guide answers with {logits.shape[1]} logits; the model rejects by logit {goal.reject} from 0. A guide has "
+                "the model's classes, and the rejection too where the goal is to be rejected. Give one that has, such as a module "
+                "of mohs.gradients around the model."
+            )
+        # far below all others: it can neither win nor count in a softmax, and has no gradient
+        return torch.cat([logits, logits.detach().amin(1, keepdim=True) - NEVER], 1)
+
+    def _same_classes(self, logits: Tensor, judged: Tensor) -> None:
+        if judged.shape[1] != logits.shape[1]:
+            raise ModelError(
+                f"The guide answers with {logits.shape[1]} logits and the model with {judged.shape[1]}, so that it points to other "
+                "classes. Give a guide with the model's classes in the model's order."
+            )
 
     def _nominate(
         self,
@@ -304,7 +333,7 @@ class Target:
             found.queries += live * len(draws)
         found.last = torch.where(live, value, found.last)
         if (self.draws > 0 or not sure) and bool((met & live).any()):
-            lead, met, clear = self._judge(problem, x, lead, met, live)
+            lead, met, clear = self._judge(problem, x, draws[0], lead, met, live)
             if self.draws:  # the objective of the few draws that nominated a point says less than the judge's
                 value = torch.where(met, lead, value)
         if problem.threat.minimum:
@@ -335,7 +364,7 @@ class Target:
         return lead, met
 
     def _judge(
-        self, problem: Problem, x: Tensor, lead: Tensor, met: Tensor, live: Tensor
+        self, problem: Problem, x: Tensor, seen: Tensor, lead: Tensor, met: Tensor, live: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ask the deployed model about nominated points, with fresh draws if it is random; never trust the nominating look.
 
@@ -348,6 +377,7 @@ class Target:
         for _ in range(looks):
             with torch.no_grad():
                 logits = _ask(self.model, x, met & live)
+            self._same_classes(seen, logits)
             fresh = problem.goal.margin(logits)
             wins += fresh > rounding(logits)
             total += fresh
@@ -380,11 +410,11 @@ def _ask(model: nn.Module, x: Tensor, wanted: Tensor) -> Tensor:
     return asked.new_zeros((len(x), asked.shape[1])).index_copy_(0, rows, asked)
 
 
-def _refuse_labels(labels: Tensor, classes: int) -> None:
+def _refuse_labels(labels: Tensor, classes: int, whose: str) -> None:
     high = (labels >= classes).nonzero().flatten().tolist()
     raise DataError(
-        f"Labels and targets must be below the model's {classes} classes; {rows_text(high)} reach up to "
-        f"{int(labels.max())}. Check that model and data belong together."
+        f"Labels and targets must be below the {whose}'s {classes} classes; {rows_text(high)} reach up to "
+        f"{int(labels.max())}. Check that {whose} and data belong together."
     )
 
 
