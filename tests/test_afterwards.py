@@ -223,6 +223,14 @@ def test_a_student_learns_the_answers_and_repeats_itself() -> None:
     assert torch.equal(one(x), two(x))
 
 
+def test_a_student_asks_in_batches_of_one_shape() -> None:
+    net, shapes = relu_net(SHAPE), set()
+    handle = net.register_forward_hook(lambda _, inputs, __: shapes.add(len(inputs[0])))
+    _student.student(net, inputs(10, *SHAPE), Threat.parse(THREAT), 0, 16)  # 40 inputs
+    handle.remove()
+    assert shapes == {16}
+
+
 # ---- where nothing may be looked at -------------------------------------------------------------------------
 
 

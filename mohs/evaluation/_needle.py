@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mohs import streams
 from mohs.attacks import APGD, Stop, attack
 from mohs.errors import ModelError
+from mohs.evaluation._batches import padded
 from mohs.evaluation._quiet import untouched
 from mohs.objectives import margin
 from mohs.regions import Linf
@@ -240,7 +241,7 @@ class Hider:
         parts = []
         for part in x.split(self.batch):
             with torch.no_grad():
-                seen = look_inside(self.model, self.layer, self._padded(part))
+                seen = look_inside(self.model, self.layer, padded(part, self.batch))
             parts.append([v[: len(part)].double().cpu().numpy() for v in seen])
         features, logits = (np.concatenate(v) for v in zip(*parts, strict=True))
         if not np.isfinite(features).all() or not np.isfinite(logits).all():
@@ -249,10 +250,7 @@ class Hider:
 
     def _ask(self, model: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad():
-            return model(self._padded(x))[: len(x)]
-
-    def _padded(self, x: Tensor) -> Tensor:
-        return x[torch.arange(self.batch, device=x.device).clamp_max(len(x) - 1)]
+            return model(padded(x, self.batch))[: len(x)]
 
     def _inner(self, x: Tensor, key: Tensor) -> Tensor:
         """The example, and uniform points well inside region and box."""

@@ -20,6 +20,7 @@ from mohs.attacks.run import AVERAGE
 from mohs.data import Dataset
 from mohs.errors import ModelError, rows_text
 from mohs.evaluation import _adaptive, _afterwards, _header, _scoring, claims, tactics
+from mohs.evaluation._batches import padded
 from mohs.evaluation._bookmark import Bookmark
 from mohs.evaluation._curves import loss_curves, radius_curve
 from mohs.evaluation._order import WORTH, portions, survivors
@@ -65,7 +66,7 @@ class Evaluation:
         self.notify: Notify = notify or (lambda stage, done, total, broken: None)
         self.weights = weights_hash(model)  # before anything runs
         with torch.no_grad():
-            self.logits = classify(model, self._padded(x[:1])).shape[1] if len(x) else 0
+            self.logits = classify(model, padded(x[:1], self.batch)).shape[1] if len(x) else 0
         self.settings = settings = replace(settings, reject=_adaptive.rejection(model, self.logits, settings.reject))
         self.classes = self.logits - (settings.reject is not None)
         high = (y >= max(self.classes, 1)).nonzero().flatten().tolist()
@@ -368,9 +369,6 @@ class Evaluation:
         }
         return Job(attack, self.model, self.x[todo], self.y[todo], self.threat, seed=self.seed, batch=batch, **settings)
 
-    def _padded(self, x: Tensor) -> Tensor:
-        return x[torch.arange(self.batch, device=x.device).clamp_max(len(x) - 1)]
-
     def _answers(self, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(label, margin of the true class, confidence) of the model, in the fixed batch shape."""
         labels, margins, confidences = [], [], []
@@ -378,7 +376,7 @@ class Evaluation:
             part, rows = x[at : at + self.batch], min(self.batch, len(x) - at)
             goal, draws = Goal.leave(y[at : at + rows], reject=self.settings.reject), max(self.threat.draws, 1)
             with untouched(self.model, self.seed), torch.no_grad():
-                looks = [classify(self.model, self._padded(part))[:rows] for _ in range(draws)]
+                looks = [classify(self.model, padded(part, self.batch))[:rows] for _ in range(draws)]
             logits = torch.stack(looks)
             none = (
                 logits.isnan().any(2).any(0)

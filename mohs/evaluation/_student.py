@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs import streams
+from mohs.evaluation._batches import padded
 from mohs.models.nets import small_cnn
 from mohs.target import classify
 from mohs.threat import Access, Threat
@@ -33,7 +34,7 @@ def student(model: nn.Module, x: Tensor, threat: Threat, seed: int, batch: int) 
     copies = [x, *(threat.region.start(x, radius, threat.box, streams.derive(keys, c)) for c in range(1, COPIES))]
     inputs = torch.cat(copies)
     with torch.no_grad():
-        logits = torch.cat([classify(model, part) for part in inputs.split(batch)])
+        logits = torch.cat([classify(model, padded(part, batch))[: len(part)] for part in inputs.split(batch)])
     answers = (
         logits.softmax(1) if threat.access >= Access.SCORE else nn.functional.one_hot(logits.argmax(1), logits.shape[1])
     )
