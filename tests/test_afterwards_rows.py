@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,11 @@ from core_models import inputs, relu_net
 from torch import Tensor
 
 from mohs.attacks import APGD, PGD, Square
-from mohs.evaluation.checks import _consistency, _convergence, _validity
+from mohs.evaluation.checks import _ablation, _consistency, _convergence, _validity
 from mohs.evaluation.plans import PlanStep
 from mohs.records.schema import CurvePoint
-from mohs.threat import Threat
+from mohs.regions import Linf
+from mohs.threat import Access, Threat
 
 SHAPE, N = (1, 4, 4), 24
 
@@ -92,6 +94,35 @@ def test_good_and_turing_count_what_one_attack_alone_found() -> None:
     # 3 and 4 by one of the two strong attacks; the weak third is no peer of theirs
     assert "2 of 24 examples of the control subset were broken by just one of 2" in seen.saw
     assert f"{2 / 2 / N:.2%}" in seen.saw
+
+
+@pytest.mark.parametrize(
+    ("new", "of", "severity"),
+    [
+        (0, 16, "ok"), (1, 1, "info"), (1, 6, "info"), (1, 64, "info"), (2, 6, "warn"), (2, 64, "warn"), (16, 16, "warn"),
+        (2, 100, "info"), (3, 100, "warn"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("check", [_convergence.one_step, _ablation.transfer], ids=["one-step", "transfer"])
+def test_one_break_by_a_lesser_attack_is_no_suspicion(check: Any, new: int, of: int, severity: str) -> None:
+    tail = sum(math.comb(of, k) * 0.002**k * 0.998 ** (of - k) for k in range(new, of + 1))
+    assert (tail < 0.01 and new > 1) == (severity == "warn"), "the table above is that of the exact test"
+    tried = SimpleNamespace(success=torch.arange(of) < new)
+    made = review(
+        {0: [0]}, PLAN, strongest=(0, APGD(steps=10)), inner=(relu_net(SHAPE), "layer 0"),
+        record=SimpleNamespace(correct=np.ones(N, dtype=bool)),
+        near=lambda *a: torch.arange(of), afford=lambda *a, **k: of, tried=lambda *a, **k: tried,
+    )  # fmt: skip
+    assert check(made).severity == severity
+
+
+def test_what_keeps_a_check_from_being_made_is_said_and_nothing_is_run() -> None:
+    made = review({}, PLAN, closed="the threat limits the queries", tried=None)
+    for check in (_convergence.one_step, _convergence.optimisation, _consistency.random_points, _ablation.transfer):
+        seen = check(made)
+        assert (seen.severity, seen.saw) == ("info", "not tested: the threat limits the queries")
+    made = review({}, PLAN, threat=Threat(Linf(0.1), access=Access.SCORE), strongest=None, tried=None)
+    assert _ablation.ablation(made).saw == "not tested: the threat grants no gradients", "the first reason is said"
 
 
 # ---- stored points ---------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mohs.evaluation.checks._obstacles import closed, gradientless, stepless, unless, whole
-from mohs.evaluation.checks._review import LUCK, MOST, Review
+from mohs.evaluation.checks._review import FEW, LUCK, MOST, Review, surprising
 from mohs.evaluation.checks._seen import Seen, ok
 from mohs.records.stats import clopper_pearson
 
@@ -45,6 +45,8 @@ def transfer(review: Review) -> Seen:
         return ok(saw)
     if review.lucky(new, len(rows)):
         return Seen("info", saw, LUCK)
+    if not surprising(new, len(rows)):
+        return Seen("info", saw, FEW)
     return Seen(
         "warn", saw,
         "The undefended net gives better directions than the defended model itself: the defense hides gradients.",

@@ -6,7 +6,7 @@ from mohs.attacks import Square
 from mohs.attacks.run import refused_norm
 from mohs.evaluation._random_points import RandomPoints
 from mohs.evaluation.checks._obstacles import closed, scoreless, uncertain, unless, unsighted
-from mohs.evaluation.checks._review import LUCK, Review
+from mohs.evaluation.checks._review import FEW, LUCK, Review
 from mohs.evaluation.checks._seen import Seen, ok, untested
 
 MASKED = 0.02
@@ -38,7 +38,7 @@ def masking(review: Review) -> Seen:
     if review.lucky(new, n):
         return Seen("info", saw, LUCK)
     if new < 2 or new <= MASKED * n:
-        return Seen("info", saw, "A few are to be expected: each attack finds some that others miss.")
+        return Seen("info", saw, FEW)
     return Seen(
         "warn", saw,
         "Attacks that know less should find less. Where they find more, the gradients hide something (gradient masking), and what "

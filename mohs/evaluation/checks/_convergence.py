@@ -9,7 +9,7 @@ from torch import Tensor
 from mohs.attacks import FGSM
 from mohs.attacks.run import refused_norm
 from mohs.evaluation.checks._obstacles import closed, gradientless, nobody, stepless, uncertain, unless, unsighted
-from mohs.evaluation.checks._review import LUCK, MOST, Review
+from mohs.evaluation.checks._review import FEW, LUCK, MOST, Review, surprising
 from mohs.evaluation.checks._seen import Seen, ok, untested
 from mohs.records.stats import clopper_pearson
 from mohs.regions import L0
@@ -95,6 +95,8 @@ def one_step(review: Review) -> Seen:
         return ok(saw)
     if review.lucky(new, len(rows)):
         return Seen("info", saw, LUCK)
+    if not surprising(new, len(rows)):
+        return Seen("info", saw, FEW)
     return Seen(
         "warn", saw,
         "Iterations should do at least as well as one step. Where they do not, the gradients near the input mislead, or the "

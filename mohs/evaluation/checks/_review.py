@@ -20,6 +20,7 @@ from mohs.evaluation.checks._seen import Seen
 from mohs.evaluation.confirmation import confirm
 from mohs.models import BlackBox
 from mohs.problem import Goal
+from mohs.records.stats import clopper_pearson
 from mohs.target import classify, rounding
 from mohs.threat import Access
 
@@ -31,6 +32,21 @@ SHARE = 0.01
 LEAST, MOST = 6, 32
 """Rows of such a look."""
 LUCK = "Of a random model that few may be luck: survivors are also those for whom a first success was not confirmed."
+
+
+NEWLY, LEVEL = 0.002, 0.01
+"""Lesser attacks may break such a share of what better ones left; more counts where an exact test at this level says so."""
+FEW = "A few are to be expected: each attack finds some that others miss."
+
+
+def surprising(new: int, of: int) -> bool:
+    """Do ``new`` breaks among ``of`` survivors show, by an exact binomial test, that more than the share ``NEWLY`` would fall?
+    A single one never does.
+
+    >>> surprising(1, 16), surprising(2, 16), surprising(2, 64), surprising(2, 100)
+    (False, True, True, False)
+    """
+    return new > 1 and clopper_pearson(new, of, LEVEL, sides=1)[0] > NEWLY
 
 
 class Review:
