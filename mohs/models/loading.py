@@ -265,7 +265,7 @@ def _load_bundled(name: str, folder: Path | None = None) -> nn.Module:
 def _note_training(module: nn.Module, facts: Mapping[str, Any]) -> None:
     """Let the module say which attack it was trained against, where its file does; a check of evaluations asks."""
     if isinstance(facts.get("against"), str):
-        module.trained_against = facts["against"]
+        module.__dict__["trained_against"] = facts["against"]
 
 
 def _nets() -> str:

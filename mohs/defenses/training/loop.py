@@ -173,7 +173,8 @@ class _Run:
         if self.world.main:
             facts = {"arch": self.recipe.net, "recipe": self.recipe.name, "settings": repr(self.recipe)}
             if self.recipe.objective.attack is not None:
-                facts["against"] = self.model.trained_against = repr(self.recipe.objective.attack)
+                facts["against"] = repr(self.recipe.objective.attack)
+                self.model.__dict__["trained_against"] = facts["against"]
             save_weights(self.model, weights, facts)
         self.world.wait()
         return Trained(self.model, weights, self.position.history, warnings, self.position.seconds)
