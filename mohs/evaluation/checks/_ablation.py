@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mohs.evaluation.checks._obstacles import closed, gradientless, stepless, unless, whole
-from mohs.evaluation.checks._review import FEW, LUCK, MOST, Review, surprising
+from mohs.evaluation.checks._review import MOST, Review, excused
 from mohs.evaluation.checks._seen import Seen, ok
 from mohs.records.stats import clopper_pearson
 
@@ -41,12 +41,8 @@ def transfer(review: Review) -> Seen:
         return ok("there are no survivors")
     new = int(review.tried(attack, rows, guide=inner).success.sum())
     saw = f"points found on the model without {names} break {new} of the {len(rows)} survivors nearest to breaking"
-    if not new:
-        return ok(saw)
-    if review.lucky(new, len(rows)):
-        return Seen("info", saw, LUCK)
-    if not surprising(new, len(rows)):
-        return Seen("info", saw, FEW)
+    if seen := excused(review, saw, new, len(rows)):
+        return seen
     return Seen(
         "warn", saw,
         "The undefended net gives better directions than the defended model itself: the defense hides gradients.",

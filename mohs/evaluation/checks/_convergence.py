@@ -9,7 +9,7 @@ from torch import Tensor
 from mohs.attacks import FGSM
 from mohs.attacks.run import refused_norm
 from mohs.evaluation.checks._obstacles import closed, gradientless, nobody, stepless, uncertain, unless, unsighted
-from mohs.evaluation.checks._review import FEW, LUCK, MOST, Review, surprising
+from mohs.evaluation.checks._review import MOST, Review, excused
 from mohs.evaluation.checks._seen import Seen, ok, untested
 from mohs.records.stats import clopper_pearson
 from mohs.regions import L0
@@ -91,12 +91,8 @@ def one_step(review: Review) -> Seen:
     found = review.tried(FGSM(), rows)
     new = int(found.success.sum())
     saw = f"a single step along the gradient breaks {new} of {len(rows)} examples that no iterative attack with gradients broke"
-    if not new:
-        return ok(saw)
-    if review.lucky(new, len(rows)):
-        return Seen("info", saw, LUCK)
-    if not surprising(new, len(rows)):
-        return Seen("info", saw, FEW)
+    if seen := excused(review, saw, new, len(rows)):
+        return seen
     return Seen(
         "warn", saw,
         "Iterations should do at least as well as one step. Where they do not, the gradients near the input mislead, or the "

@@ -16,7 +16,7 @@ from mohs.attacks import Job, Outcome
 from mohs.attacks._batches import fitting_batch
 from mohs.evaluation._inner import undefended
 from mohs.evaluation._quiet import untouched
-from mohs.evaluation.checks._seen import Seen
+from mohs.evaluation.checks._seen import Seen, ok
 from mohs.evaluation.confirmation import confirm
 from mohs.models import BlackBox
 from mohs.problem import Goal
@@ -47,6 +47,15 @@ def surprising(new: int, of: int) -> bool:
     (False, True, True, False)
     """
     return new > 1 and clopper_pearson(new, of, LEVEL, sides=1)[0] > NEWLY
+
+
+def excused(review: Review, saw: str, new: int, of: int) -> Seen | None:
+    """What to say where a lesser attack broke ``new`` of ``of`` survivors, and that is no suspicion; None where it is one."""
+    if not new:
+        return ok(saw)
+    if review.lucky(new, of):
+        return Seen("info", saw, LUCK)
+    return None if surprising(new, of) else Seen("info", saw, FEW)
 
 
 class Review:
