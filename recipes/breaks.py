@@ -50,11 +50,7 @@ Measured on 500 images with the plan 'standard' (percent; clean, naive, hand-mad
     local-gradients-smoothing    79.8   57.4    9.6    4.4    4.4
 
 A random defense is broken at an example, in every column, where the point that was found is confirmed on 100 fresh draws
-(``mohs.evaluation.confirm``). Measured so on 64 images: random-resize-pad, hand-made 3.1, declared 3.1 (a single draw at the same
-points is right with a chance of 12.1). The attack that ended a row at the first point to win most of 20 draws claimed 1.6 on 128
-images, of which 22.7 stood: there, no more than half of 200 fresh draws were wrong. Other random defenses have not been measured anew.
-The two rows with lid were measured with a detector fitted on other test images, and 'naive' climbing all eleven logits. Rows that are
-not listed have not been measured on as many images.
+(``mohs.evaluation.confirm``). Rows that are not listed have not been measured on as many images.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import mohs
 from mohs import defenses
 from mohs.evaluation import _inner, _student
+from mohs.evaluation._stages import Evaluation
 from mohs.evaluation.checks import AFTERWARDS
 from mohs.evaluation.plans import Plan, PlanStep
 from mohs.records import Record
@@ -176,16 +177,36 @@ class Ripples(nn.Module):
         return torch.stack([torch.zeros_like(rise), rise], 1) + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
-def test_luck_is_found_by_further_restarts() -> None:
+def ripples() -> tuple[Tensor, Tensor, Plan]:
+    """Inputs, labels and an attack that breaks those whose random start was lucky."""
     x = torch.full((N, 1, 1, 2), 0.5)
     x[:, 0, 0, 1] = torch.linspace(0, 1, N)
-    xy = x, torch.zeros(N, dtype=torch.int64)
     plan = Plan("one", (PlanStep.make("PGD", {"steps": 12, "step_size": 0.004, "objective": "margin"}),))
-    once = mohs.evaluate(Ripples().eval(), xy, "linf:0.1", plan=plan, adaptive="off", control=12)
+    return x, torch.zeros(N, dtype=torch.int64), plan
+
+
+def test_luck_is_found_by_further_restarts() -> None:
+    x, y, plan = ripples()
+    once = mohs.evaluate(Ripples().eval(), (x, y), "linf:0.1", plan=plan, adaptive="off", control=12)
     assert 0.3 < once.robust_accuracy < 0.98
     assert found(once)["restarts"] == "warn"
-    more = mohs.evaluate(Ripples().eval(), xy, "linf:0.1", plan=plan, control=12)
+    more = mohs.evaluate(Ripples().eval(), (x, y), "linf:0.1", plan=plan, control=12)
     assert more.robust_accuracy < once.robust_accuracy - 0.2
+
+
+def test_what_follows_the_plan_draws_other_starts_than_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: set[int] = set()
+    made = Evaluation.job
+
+    def job(self: Evaluation, attack: Any, todo: Tensor, **settings: Any) -> Any:
+        if "start" in settings:  # of a step, not of a check
+            seeds.add(settings["seed"])
+        return made(self, attack, todo, **settings)
+
+    monkeypatch.setattr(Evaluation, "job", job)
+    x, y, plan = ripples()
+    record = mohs.evaluate(Ripples().eval(), (x, y), "linf:0.1", plan=plan, control=12)
+    assert len(seeds) == len(record.header.plan.steps) > 1
 
 
 def test_the_model_without_a_declared_defense_is_attacked_too() -> None:

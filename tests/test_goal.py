@@ -9,9 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import mohs
 from mohs import Goal
-from mohs.errors import ModelError
+from mohs.attacks import PGD
+from mohs.errors import ModelError, UsageError
 from mohs.target import classify, rounding
 
 logit = st.one_of(st.integers(-3, 3).map(float), st.floats(-1e4, 1e4, width=32))
@@ -161,3 +164,10 @@ def test_an_error_of_the_model_names_shape_and_cause() -> None:
     with pytest.raises(ModelError, match=r"ValueError.*\(4, 3\).*wrong size") as caught:
         classify(broken, torch.zeros(4, 3))
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("reject", [-1, 1.0, True])
+def test_the_rejection_is_counted_from_the_first_logit(reject: Any) -> None:
+    x = torch.rand(2, 4)
+    with pytest.raises(UsageError, match="reject must be the index of a logit, counted from 0"):
+        mohs.attack(PGD(steps=1), nn.Linear(4, 3).eval(), x, torch.tensor([0, 1]), "linf:0.1", reject=reject)

@@ -146,6 +146,8 @@ class Job:
             )
         if not isinstance(seed, int):
             raise UsageError(f"seed must be a whole number; got {seed!r}.")
+        if reject is not None and (type(reject) is not int or reject < 0):
+            raise UsageError(f"reject must be the index of a logit, counted from 0, or None; got {reject!r}.")
         if stop is not None and not isinstance(stop, Stop):
             raise UsageError(f"stop must be Stop.SUCCESS, Stop.BUDGET or None; got {stop!r}.")
         if average is not None and (type(average) is not int or average < 1):

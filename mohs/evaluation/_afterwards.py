@@ -46,7 +46,7 @@ def review(run: Evaluation) -> list[Finding]:
 
     All of it is a function of the plan's rows and of seeds, so that a killed run that is resumed decides the same.
     """
-    planned = len(run.steps)
+    planned = run.planned
     run.notify("checks after the plan", 0, 1, 0)
     looked = Review(run, planned)
     seen: dict[str, Seen] = {}

@@ -81,6 +81,7 @@ class Evaluation:
         self.seen = range(0)
         """The examples that have been through the plan."""
         self.steps = [(step, attack) for step in plan.steps if (attack := step.build_for(threat)) is not None]
+        self.planned = len(self.steps)
 
     # ---- what is about to run ---------------------------------------------------------------------------
 
@@ -255,7 +256,9 @@ class Evaluation:
 
                 def make(todo: Tensor, batch: int = batch, later: bool = later) -> Job:
                     start = self._start(step, todo, alive, later)
-                    more = {"start": start, "batch": batch, "average": self.average(index)}
+                    # what is added after the plan shall not begin where the plan's own restarts did
+                    seed = self.seed + max(0, index + 1 - self.planned)
+                    more = {"start": start, "batch": batch, "average": self.average(index), "seed": seed}
                     return self.job(attack, todo, **self.settings_of(step), **more)
 
                 self._run(index, f"{name}, from {block.start}, portion {number + 1}", name, todo, portion, make, alive)
@@ -365,9 +368,10 @@ class Evaluation:
             "guide": self.guide,
             "average": self.choice.tactic.average,
             "reject": self.settings.reject,
+            "seed": self.seed,
             **settings,
         }
-        return Job(attack, self.model, self.x[todo], self.y[todo], self.threat, seed=self.seed, batch=batch, **settings)
+        return Job(attack, self.model, self.x[todo], self.y[todo], self.threat, batch=batch, **settings)
 
     def _answers(self, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(label, margin of the true class, confidence) of the model, in the fixed batch shape."""
