@@ -19,8 +19,10 @@ from mohs.problem import Problem
 from mohs.regions import Patch, per_row
 from mohs.threat import Access
 
-MOVES = 4
+MOVES = 3
 """Every so many steps the patch is moved instead of painted."""
+REACH = 0.25
+"""Share of the free way that a move may go at least."""
 
 
 @dataclass(kw_only=True)
@@ -39,12 +41,12 @@ class PatchSearchState(State):
 class PatchSearch:
     """Paint one square of the patch, or move the patch, at random; keep the change where it brings the goal nearer.
 
-        three steps of four: x' = best, but every channel at a random bound of the box inside one square of the patch
-        every fourth step:   x' = best, its patch moved by up to reach pixels down and across
+        two steps of three: x' = best, but every channel at a random bound of the box inside one square of the patch
+        every third step:   x' = best, its patch or the negative of it moved by up to reach pixels down and across
         best = x' if J(x') > J(best)
 
     Squares and moves shrink as the search goes on. It asks for scores only, so masked gradients do not stop it: use it where
-    LaVAN finds nothing, or against a black box. It needs hundreds of queries where a gradient needs tens, and its colours are the
+    LaVAN finds nothing, or against a black box. It needs hundreds of queries where a gradient needs tens, stops at places that neighbours do not better (give it restarts), and its colours are the
     corners of the box alone.
 
     Args:
@@ -67,7 +69,7 @@ class PatchSearch:
     ([True], 0, 2.0)
 
     **Differs from the paper**: the first patch is striped as in Square, the squares shrink as in Square, and a proposal that would
-    change nothing takes the opposite colours; moves shrink with the squares.
+    change nothing takes the opposite colours; moves shrink with the squares, and every other one takes the patch's negative.
     **Source**: F. Croce, M. Andriushchenko, N. D. Singh, N. Flammarion, M. Hein, "Sparse-RS: a versatile framework for
     query-efficient sparse black-box adversarial attacks", AAAI 2022, section on image- and location-specific patches.
     """
@@ -119,7 +121,10 @@ class PatchSearch:
         side = math.sqrt(self.share * 0.5 ** sum(k * 10_000 // self.steps > late for late in HALVINGS))
         u = streams.uniform(problem.key, (2 + best.shape[1],), draw=2 + k, dtype=torch.float64)
         if k % MOVES == MOVES - 1 and region.at is None:
-            fill, place = best, moved_place(problem, region, at, side, u)
+            low, high = problem.threat.box
+            # what helps in one place may harm in another: every other time the patch is moved as its negative
+            fill = torch.where(per_row(u[:, 2] < 0.5, best), low + high - best, best)
+            place = moved_place(problem, region, at, max(side, REACH), u)
         else:
             fill, place = painted(problem, region, best, side, u), at
         x = shown(problem, region, fill, place)
