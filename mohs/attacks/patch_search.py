@@ -46,8 +46,8 @@ class PatchSearch:
         best = x' if J(x') > J(best)
 
     Squares and moves shrink as the search goes on. It asks for scores only, so masked gradients do not stop it: use it where
-    LaVAN finds nothing, or against a black box. It needs hundreds of queries where a gradient needs tens, stops at places that neighbours do not better (give it restarts), and its colours are the
-    corners of the box alone.
+    LaVAN finds nothing, or against a black box. It needs hundreds of queries where a gradient needs tens, stays at a place
+    that no neighbour betters (give it restarts), and its colours are the corners of the box alone.
 
     Args:
         steps: queries after the first.
