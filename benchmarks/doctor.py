@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import mohs
 from mohs.attacks import PGD
 from mohs.data import load
-from mohs.evaluation.checks import AFTERWARDS, CHECKS
 
 from .measure import table
 from .subjects import Options
@@ -155,6 +154,6 @@ def run(options: Options) -> Iterator[str]:
     options.keep("doctor", [dict(zip(COLUMNS, row, strict=True)) for row in rows])
     yield table(COLUMNS, rows)
     yield (
-        f"{len(rows)} nets, {len(CHECKS) + len(AFTERWARDS) + 1} checks each: {loud['block']} of {total} block, {loud['warn']} warn "
+        f"{len(rows)} nets, {total // len(rows)} checks each: {loud['block']} of {total} block, {loud['warn']} warn "
         f"({loud['warn'] / total:.1%})."
     )

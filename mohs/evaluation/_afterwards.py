@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mohs import records
-from mohs.attacks import APGD, FGSM, PGD, SPGD, LaVAN, PatchSearch, Square
+from mohs.attacks import APGD, FGSM, PGD, SPGD, LaVAN
 from mohs.attacks.run import refused_norm
 from mohs.errors import RecordError
 from mohs.evaluation import tactics
@@ -20,7 +20,7 @@ from mohs.evaluation._student import student
 from mohs.evaluation.checks import AFTERWARDS, CLIMBS, CURVE, Finding
 from mohs.evaluation.checks._answers import SEARCH
 from mohs.evaluation.checks._climb import climbs
-from mohs.evaluation.checks._review import Review
+from mohs.evaluation.checks._review import Review, by_scores
 from mohs.evaluation.checks._seen import Seen
 from mohs.evaluation.checks._validity import radii
 from mohs.evaluation.plans import PlanStep
@@ -171,7 +171,7 @@ class _Ladder:
             said.append(self.sound(reason))
         if white and not run.choice.trials:
             said.append(self._gradients(reason))
-        search = PatchSearch(steps=500) if isinstance(run.threat.region, Patch) else Square(steps=500)
+        search = by_scores(run.threat, 500)
         if run.threat.access >= Access.SCORE and not refused_norm(search, run.threat):
             said.append(self._rung(search, reason, share=SHARE))
         if "answers-only" in loud:  # the dearest, and only where it has shown that it breaks some

@@ -241,6 +241,8 @@ def save_bundled(
     save_weights(module, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     info = {"arch": arch, "recipe": recipe, "sha256": digest, "numbers": dict(numbers)}
+    if against := getattr(module, "trained_against", None):
+        info["against"] = against
     write_atomically((json.dumps(info, indent=2) + "\n").encode(), path.with_suffix(".json"))
     return path
 

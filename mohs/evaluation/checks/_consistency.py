@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from mohs.attacks import Square
 from mohs.attacks.run import refused_norm
 from mohs.evaluation._random_points import RandomPoints
 from mohs.evaluation.checks._obstacles import closed, scoreless, uncertain, unless, unsighted
-from mohs.evaluation.checks._review import FEW, LUCK, Review
+from mohs.evaluation.checks._review import FEW, LUCK, Review, by_scores
 from mohs.evaluation.checks._seen import Seen, ok, untested
 
 MASKED = 0.02
@@ -17,21 +16,21 @@ FAMILIES = 3
 
 @unless(unsighted)
 def masking(review: Review) -> Seen:
-    """Do attacks without gradients break what those with gradients do not? No pass where the plan has both; else a short Square."""
+    """Do attacks without gradients break what the others do not? No pass where the plan has both; else a short search by scores."""
     gradients = review.won(review.sighted)
     if review.blind and len(review.control):
         only = review.won(review.blind)[review.control] & ~gradients[review.control]
         new, n = int(only.sum()), len(review.control)
         what = f"of the control subset, attacks without gradients break {new} of {n} examples that those with gradients do not"
     else:
-        search = Square(steps=200)
+        search = by_scores(review.threat, 200)
         if reason := review.closed or refused_norm(search, review.threat) or scoreless(review):
             return untested(reason)
         rows = review.near(review.afford(search.steps, most=16), review.record.correct & ~gradients)
         if not len(rows):
             return ok("the attacks with gradients broke everything")
         new, n = int(review.tried(search, rows).success.sum()), len(rows)
-        what = f"{search.steps} steps of Square, without gradients, break {new} of {n} examples that attacks with gradients do not"
+        what = f"{search.steps} steps of {type(search).__name__} break {new} of {n} examples that attacks with gradients do not"
     saw = f"{what} ({new / n:.1%}, threshold {MASKED:.0%})"
     if not new:
         return ok(saw)

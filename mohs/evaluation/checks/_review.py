@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mohs.attacks import Job, Outcome
+from mohs.attacks import Job, Outcome, PatchSearch, Square
 from mohs.attacks._batches import fitting_batch
 from mohs.evaluation._inner import undefended
 from mohs.evaluation._quiet import untouched
@@ -21,8 +21,9 @@ from mohs.evaluation.confirmation import confirm
 from mohs.models import BlackBox
 from mohs.problem import Goal
 from mohs.records.stats import clopper_pearson
+from mohs.regions import Patch
 from mohs.target import classify, rounding
-from mohs.threat import Access
+from mohs.threat import Access, Threat
 
 if TYPE_CHECKING:
     from mohs.evaluation._stages import Evaluation
@@ -47,6 +48,11 @@ def surprising(new: int, of: int) -> bool:
     (False, True, True, False)
     """
     return new > 1 and clopper_pearson(new, of, LEVEL, sides=1)[0] > NEWLY
+
+
+def by_scores(threat: Threat, steps: int) -> Square | PatchSearch:
+    """The search without gradients that serves a threat."""
+    return PatchSearch(steps=steps) if isinstance(threat.region, Patch) else Square(steps=steps)
 
 
 def excused(review: Review, saw: str, new: int, of: int) -> Seen | None:
