@@ -52,7 +52,7 @@ class TestBuiltIn:
 
     def test_later_stages_of_the_others_never_take_more_of_the_survivors(self) -> None:
         for name in ("quick", "standard"):
-            shares = [step.share for step in load_plan(name).steps if not {"l0", "patch"} & set(step.only)]
+            shares = [step.share for step in load_plan(name).steps if usual(step)]
             assert shares == sorted(shares, reverse=True)
             assert shares[0] == 1
 
@@ -61,7 +61,7 @@ class TestBuiltIn:
         for name, limit in (("quick", 106), ("standard", 353), ("thorough", 10_600)):
             cost = 0.0
             for step in load_plan(name).steps:
-                if {"l0", "patch"} & set(step.only):
+                if not usual(step):
                     continue
                 passes = 1 if step.name == "Square" else 2
                 cost += step.share * step.restarts * max(step.aims, 1) * (passes * step.build().steps + 1)
@@ -77,6 +77,31 @@ class TestBuiltIn:
         assert ("LaVAN" in served) == threat.startswith("patch")
         assert ("APGD" in served) != threat.startswith(("l0", "patch"))
         assert plan.skipped(where) == [], "what is meant for another region is passed over without a word"
+
+
+def usual(step: PlanStep) -> bool:
+    """Does it run on norms, with gradients?"""
+    return not ({"l0", "patch"} & set(step.only) or step.access)
+
+
+class TestAccess:
+    @pytest.mark.parametrize("name", ["quick", "standard", "thorough"])
+    def test_labels_alone_are_enough(self, name: str) -> None:
+        threat = Threat(mohs.Linf(0.1), access=Access.LABEL)
+        assert [s.name for s in load_plan(name).steps if s.build_for(threat) is not None] == ["HopSkipJump"]
+        for more in (Access.SCORE, Access.GRADIENT):
+            steps = [s for s in load_plan(name).steps if s.name == "HopSkipJump"]
+            assert all(s.elsewhere(Threat(mohs.Linf(0.1), access=more)) for s in steps)
+
+    def test_no_other_level(self) -> None:
+        with pytest.raises(UsageError, match="access must be one of label, score, logit, gradient; got 'all'"):
+            PlanStep.make("PGD", {"steps": 5}, access="all")
+
+    def test_an_evaluation_from_labels(self) -> None:
+        net, data = mohs.models.load("bundled:fashion-natural"), mohs.data.load("bundled:fashion-mnist", n=8)
+        plan = Plan("labels", (PlanStep.make("HopSkipJump", {"steps": 150, "votes": 10}, access="label"),))
+        record = mohs.evaluate(net, data, Threat(mohs.Linf(0.3), access=Access.LABEL), plan=plan, control=0)
+        assert record.robust_accuracy < record.clean_accuracy
 
 
 class TestRefusal:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mohs.errors import UsageError
+from mohs.threat import Access, Threat
 
 if TYPE_CHECKING:
     from mohs.attacks import Attack
-    from mohs.threat import Threat
 
 ALL_CLASSES = 1_000_000
 """What ``aims = "all"`` means; whoever runs the plan cuts it to the classes there are."""
@@ -24,11 +24,13 @@ OBJECTIVES = ("cross_entropy", "margin", "dlr", "probability_margin")
 
 _FOLDER = Path(__file__).parent / "plans"
 _PLAN_KEYS = ("name", "description", "attack")
-_STEP_KEYS = ("use", "with", "restarts", "aims", "rank", "start", "share", "only", "skip", "note")
+_STEP_KEYS = ("use", "with", "restarts", "aims", "rank", "start", "share", "only", "access", "skip", "note")
 RANKINGS = ("logit", "distance")
 """How the classes to move towards are ordered: by logit, or by linearised distance."""
 KINDS = ("linf", "l2", "l1", "lp", "l0", "patch")
 """Families of regions."""
+ACCESSES = tuple(level.name.lower() for level in Access if level > Access.NONE)
+"""What an adversary may see, from least to most."""
 STARTS = ("own", "best")
 """Where an attack begins: as it does by itself, or at the strongest point an earlier attack of the plan found."""
 
@@ -46,6 +48,7 @@ class PlanStep:
         start: where it begins, one of ``STARTS``.
         share: run only that share of the survivors, those nearest to breaking by the margins found so far.
         only: the regions it is meant for; empty: all it serves. Elsewhere it is passed over without a word.
+        access: the step is meant for adversaries who see no more than this, such as ``label``; empty: for all whom it serves.
         skips: (norm, reason) pairs: the regions this step does not serve. ``l0`` stands for ``l0-features`` too.
         note: for the reader.
     """
@@ -58,6 +61,7 @@ class PlanStep:
     start: str = "own"
     share: float = 1.0
     only: tuple[str, ...] = field(default=(), repr=False)
+    access: str = field(default="", repr=False)
     skips: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     note: str = field(default="", repr=False)
 
@@ -65,7 +69,7 @@ class PlanStep:
     def make(
         cls, name: str, parameters: Mapping[str, Any] | None = None, *, restarts: int = 1, aims: int | str = 0,
         rank: str = "logit", start: str = "own", share: float = 1.0,
-        only: Sequence[str] = (), skip: Mapping[str, str] | None = None, note: str = "",
+        only: Sequence[str] = (), access: str = "", skip: Mapping[str, str] | None = None, note: str = "",
     ) -> PlanStep:  # fmt: skip
         """Check a step and complete it.
 
@@ -89,11 +93,23 @@ class PlanStep:
             raise UsageError(f"{name}: share must be above 0 and at most 1; got {share!r}.")
         if not isinstance(only, list | tuple) or not all(norm in KINDS for norm in only):
             raise UsageError(f"{name}: only lists regions, of {', '.join(KINDS)}; got {only!r}.")
+        if access and access not in ACCESSES:
+            raise UsageError(f"{name}: access must be one of {', '.join(ACCESSES)}; got {access!r}.")
         skips = tuple(sorted((skip or {}).items()))
         if not all(isinstance(reason, str) and reason for _, reason in skips):
             raise UsageError(f'{name}: skip maps a norm to the reason, such as {{l0 = "..."}}; got {dict(skips)!r}.')
         step = cls(
-            name, complete, restarts, typing.cast(int, count), rank, start, float(share), tuple(only), skips, note
+            name,
+            complete,
+            restarts,
+            typing.cast(int, count),
+            rank,
+            start,
+            float(share),
+            tuple(only),
+            access,
+            skips,
+            note,
         )
         step.build()
         return step
@@ -130,7 +146,6 @@ class PlanStep:
     def refusal(self, threat: Threat) -> str | None:
         """Why this step cannot run under a threat, or None if it can."""
         from mohs.attacks.run import refused_norm
-        from mohs.threat import Access
 
         for norm, reason in self.skips:
             if threat.region.name.removesuffix("-features") == norm:
@@ -154,7 +169,9 @@ class PlanStep:
         return None if self.elsewhere(threat) or self.refusal(threat) else self.build()
 
     def elsewhere(self, threat: Threat) -> bool:
-        """Is the step meant for other regions?"""
+        """Is the step meant for other regions, or for adversaries who see less?"""
+        if self.access and threat.access > Access[self.access.upper()]:
+            return True
         return bool(self.only) and threat.region.kind not in self.only
 
 
@@ -208,6 +225,8 @@ def load_plan(source: str | Path | Plan) -> Plan:
         rank = "distance"
         start = "best"
         share = 0.5
+        only = ["linf", "l2"]
+        access = "gradient"
         skip = { l0 = "too slow there" }
 
     Args:
@@ -221,7 +240,8 @@ def load_plan(source: str | Path | Plan) -> Plan:
 
     >>> [step.label for step in load_plan("quick").steps]  # doctest: +NORMALIZE_WHITESPACE
     ['APGD-10 probability_margin', 'APGD-25 probability_margin, nearest 25%', 'APGD-20 margin 5 aims, nearest 12%',
-    'APGD-50 probability_margin, nearest 6%', 'Square-300 margin, nearest 3%', 'SPGD-60 CE', 'LaVAN-80 margin']
+    'APGD-50 probability_margin, nearest 6%', 'Square-300 margin, nearest 3%', 'SPGD-60 CE', 'LaVAN-80 margin', 'PatchSearch-300 margin, nearest 3%',
+    'HopSkipJump-500']
     """
     if isinstance(source, Plan):
         return source
@@ -274,7 +294,7 @@ def _step(entry: dict[str, Any]) -> PlanStep:
     return PlanStep.make(
         entry["use"], entry.get("with"), restarts=entry.get("restarts", 1), aims=entry.get("aims", 0),
         rank=entry.get("rank", "logit"), start=entry.get("start", "own"), share=entry.get("share", 1.0),
-        only=entry.get("only", ()), skip=entry.get("skip"), note=entry.get("note", ""),
+        only=entry.get("only", ()), access=entry.get("access", ""), skip=entry.get("skip"), note=entry.get("note", ""),
     )  # fmt: skip
 
 
