@@ -240,8 +240,8 @@ def load_plan(source: str | Path | Plan) -> Plan:
 
     >>> [step.label for step in load_plan("quick").steps]  # doctest: +NORMALIZE_WHITESPACE
     ['APGD-10 probability_margin', 'APGD-25 probability_margin, nearest 25%', 'APGD-20 margin 5 aims, nearest 12%',
-    'APGD-50 probability_margin, nearest 6%', 'Square-300 margin, nearest 3%', 'SPGD-60 CE', 'LaVAN-80 margin', 'PatchSearch-300 margin, nearest 3%',
-    'HopSkipJump-500']
+    'APGD-50 probability_margin, nearest 6%', 'Square-300 margin, nearest 3%', 'SPGD-60 CE', 'LaVAN-80 margin',
+    'PatchSearch-300 margin, nearest 3%', 'HopSkipJump-500']
     """
     if isinstance(source, Plan):
         return source
