@@ -159,7 +159,7 @@ def test_what_the_command_line_refuses(shop: Shop, serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("plan", "access", "threat", "why"),
     [
-        ("standard", "label", "linf:0.1", "needs access"),
+        ("standard", "label", "l1:3", "needs access"),
         ("short.toml", "label", "linf:0.1", "Square needs access SCORE; the threat grants LABEL"),
         ("quick", "logit", "l0:3", "needs access GRADIENT"),
         ("standard", "score", "l0:3", "needs access GRADIENT"),

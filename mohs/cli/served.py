@@ -45,7 +45,8 @@ def refuse_idle(model: str, plan: Plan, threat: Threat) -> None:
         why = "; ".join(plan.skipped(threat)[:2]) or "all are meant for other regions"
         raise UsageError(
             f"No attack of the plan {plan.name!r} can be tried under {threat} with what the server shows ({why}). Without "
-            "gradients there is Square, from --access score on, in Linf, L2 and L1; mohs check needs no attack."
+            "gradients there are HopSkipJump, in Linf and L2, and Square, from --access score on, in Linf, L2 and L1; mohs check "
+            "needs no attack."
         )
 
 
