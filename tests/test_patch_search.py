@@ -45,6 +45,27 @@ def test_a_start_is_looked_at_as_it_is() -> None:
         assert torch.equal(again.x[strong.success], strong.x[strong.success])
 
 
+@pytest.mark.parametrize(
+    ("box", "dtype"), [((-2.1179, 2.64), torch.float32), ((0.0, 0.3), torch.float64), ((-0.1, 0.3), torch.float32)]
+)
+def test_no_look_leaves_a_box_whose_bounds_are_not_exact(box: tuple[float, float], dtype: torch.dtype) -> None:
+    low, high = torch.tensor(box, dtype=dtype)
+    net, x = Linear(108, 3, dtype=dtype), (low + (high - low) * inputs(8, 3, 6, 6, dtype=dtype)).clamp(low, high)
+    seen: list[torch.Tensor] = []
+
+    class Noted(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.detach().clone())
+            return net(x)
+
+    y, threat = net(x).argmax(1), mohs.Threat(mohs.Patch(3), box=box)
+    out = mohs.attack(PatchSearch(steps=150), Noted(), x, y, threat, stop=mohs.Stop.BUDGET)
+    looks = torch.stack(seen)
+    assert bool(((looks >= low) & (looks <= high)).all())
+    assert bool((out.x != x).flatten(1).any(1).all()), "every row improves on the clean input"
+    assert bool(((looks == low) | (looks == high)).any(0).flatten(1).any(1).all())
+
+
 def test_images_are_moved_around() -> None:
     x = torch.arange(24.0).view(2, 1, 3, 4)
     by = torch.tensor([[1, 2], [-1, 0]])

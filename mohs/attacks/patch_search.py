@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mohs import streams
+from mohs._geometry import Box
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_ascent, check_share
 from mohs.attacks.lavan import geometry
@@ -98,9 +99,8 @@ class PatchSearch:
             place = torch.minimum(first, free)
             fill = moved(x, -place)
         else:
-            low, high = problem.threat.box
             u = streams.uniform(problem.key, (x0.shape[1], 1, x0.shape[3]))
-            fill = torch.where(u < 0.5, low, high).to(x0.dtype).expand_as(x0)
+            fill = bounds(u < 0.5, x0, problem.threat.box).expand_as(x0)
             place = (streams.uniform(problem.key, (2,), draw=1, dtype=torch.float64) * (free + 1)).long()
         if region.at is not None:
             corner = torch.tensor(region.at, device=x0.device).expand_as(place)
@@ -122,8 +122,9 @@ class PatchSearch:
         u = streams.uniform(problem.key, (2 + best.shape[1],), draw=2 + k, dtype=torch.float64)
         if k % MOVES == MOVES - 1 and region.at is None:
             low, high = problem.threat.box
-            # what helps in one place may harm in another: every other time the patch is moved as its negative
-            fill = torch.where(per_row(u[:, 2] < 0.5, best), low + high - best, best)
+            # what helps in one place may harm in another: every other time the patch is moved as its negative, whose
+            # values may round past the bounds
+            fill = torch.where(per_row(u[:, 2] < 0.5, best), (low + high - best).clamp_(low, high), best)
             place = moved_place(problem, region, at, max(side, REACH), u)
         else:
             fill, place = painted(problem, region, best, side, u), at
@@ -135,7 +136,6 @@ class PatchSearch:
 
 def painted(problem: Problem, region: Patch, best: Tensor, side: float, u: Tensor) -> Tensor:
     """``best``, but one square of ``side`` times the patch's side at random bounds of the box, every channel at its own."""
-    low, high = problem.threat.box
     inside = []
     for share, length, count in zip(u[:, :2].unbind(1), region.sides(best, problem.eps), best.shape[-2:], strict=True):
         width = (length * side).round().long().clamp_min_(1)
@@ -143,10 +143,16 @@ def painted(problem: Problem, region: Patch, best: Tensor, side: float, u: Tenso
         away = torch.arange(count, device=best.device) - first.unsqueeze(1)
         inside.append((away >= 0) & (away < width.unsqueeze(1)))
     square = (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(1)
-    colour = torch.where(u[:, 2:] < 0.5, low, high).to(best.dtype)[:, :, None, None]
-    new = torch.where(square, colour, best)
+    dark = (u[:, 2:] < 0.5)[:, :, None, None]
+    new = torch.where(square, bounds(dark, best, problem.threat.box), best)
     idle = (new == best).flatten(1).all(1)
-    return torch.where(per_row(idle, best), torch.where(square, low + high - colour, best), new)
+    opposite = torch.where(square, bounds(~dark, best, problem.threat.box), best)
+    return torch.where(per_row(idle, best), opposite, new)
+
+
+def bounds(lower: Tensor, like: Tensor, box: Box) -> Tensor:
+    """The lower bound of the box where ``lower`` says so, else the upper one, as exact as the precision of ``like`` has them."""
+    return torch.where(lower, like.new_tensor(box[0]), like.new_tensor(box[1]))
 
 
 def moved_place(problem: Problem, region: Patch, at: Tensor, side: float, u: Tensor) -> Tensor:
