@@ -179,7 +179,8 @@ class Problem(Rows):
         example, number: which example, and which of its rows this is, int64 [B].
         restart: which of the tries at the example (and at the aim, if there are aims), int64 [B].
         found: the target's notes.
-        warm: where the caller wants the rows to begin [B, ...], inside region and box; None: the attack decides.
+        warm: where the caller wants the rows to begin [B, ...], inside region and box (inside the box alone for an attack that
+            comes from ``outside``); None: the attack decides.
     """
 
     target: Target

@@ -13,6 +13,7 @@ from mohs import streams
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_whole
 from mohs.attacks._smallest import nothing_left, unit
+from mohs.errors import UsageError
 from mohs.problem import Problem
 from mohs.regions import Linf, largest, per_row
 from mohs.threat import Access
@@ -21,7 +22,7 @@ START, SEARCH, VOTE, LEAP = range(4)
 """What a row's next look is for: a wrong answer anywhere; the boundary between it and the clean input; the side on which a point
 near the boundary lies; a wrong answer further along the boundary. Rows differ in what each takes, so each row is at its own."""
 STRETCHES = 8
-"""How often the caller's point is moved to twice its distance before random ones are tried."""
+"""How often the caller's point is moved to twice its distance, after it was looked at itself, before random ones are tried."""
 FINEST, COARSEST = 16.0, 1e-3
 """The boundary is located to at least so many units of rounding, and at most so large a share of the distance."""
 
@@ -62,11 +63,14 @@ class HopSkipJump:
     because it looks at neither. It takes thousands of queries to come near what gradients find in tens, is poor at finding a
     start of a rare class (targets want ``start=``, an input of that class), and learns nothing where answers are random.
 
-    A step is one query. At a finite radius a row ends once it is inside.
+    A step is one query. At a finite radius a row ends once it is inside; a start may lie outside.
 
     Args:
         steps: queries after the first.
         votes: queries of the first estimate of the normal (the paper's B_0).
+
+    Raises:
+        UsageError: a ``confidence`` above 0, which answers do not show.
 
     Cost: at most steps + 1 forwards (queries) per restart, no backwards; about 10 to 20 queries of each iteration go into
     the search, the rest into votes.
@@ -78,13 +82,12 @@ class HopSkipJump:
     >>> round(float(out.size), 2), int(out.backwards)  # exactly 0.2 / sqrt(2)
     (0.14, 0)
 
-    **Differs from the paper**: the first look is at the clean input. A start that the caller gives (an example of another class)
-    is looked at first, then points at twice, four times, ... its distance, as it was brought into the region; random starts
-    vary in brightness and contrast, as many nets give all plain noise one answer. The search ends at a share of d^(-3/2) of
-    the distance in Linf too, and delta is the Euclidean distance over d, whichever the norm: the paper's are so small in
-    Linf that float32 does not hold them. Directions are normal in Linf too. A leap shorter than the search's tolerance
-    ends in a new estimate. The rows of a batch are at different stages, so that none waits for another. Aims are not used: a
-    label does not rank the others.
+    **Differs from the paper**: the first look is at the clean input. A start that the caller gives (an example of another
+    class) is looked at next, then points at twice, four times, ... its distance; random starts vary in brightness and contrast,
+    as many nets give all plain noise one answer. The search ends at a share of d^(-3/2) of the distance in Linf too, and delta
+    is the Euclidean distance over d, whichever the norm: the paper's are so small in Linf that float32 does not hold them.
+    Directions are normal in Linf too. A leap shorter than the search's tolerance ends in a new estimate. The rows of a batch
+    are at different stages, so that none waits for another. Aims are not used: a label does not rank the others.
     **Source**: J. Chen, M. I. Jordan, M. J. Wainwright, "HopSkipJumpAttack: a query-efficient decision-based attack", IEEE
     S&P 2020, algorithms 1 and 2, equations 9, 11 and 16.
     """
@@ -92,6 +95,7 @@ class HopSkipJump:
     steps: int = 5000
     votes: int = 100
     needs: ClassVar[Access] = Access.LABEL
+    outside: ClassVar[bool] = True
     finite: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
 
@@ -99,8 +103,13 @@ class HopSkipJump:
         check_whole(self, "steps", "votes")
 
     def init(self, problem: Problem) -> HopSkipJumpState:
-        """At the caller's points or the clean inputs."""
-        x, zero, none = problem.begin(), torch.zeros_like(problem.eps), torch.zeros_like(problem.goal.label)
+        """At the clean inputs: those that are wrong already need no change."""
+        if problem.goal.confidence:
+            raise UsageError(
+                f"HopSkipJump sees answers alone, which tell nothing of margins; got confidence={problem.goal.confidence:g}. Leave "
+                "the confidence out (0), or use an attack that sees scores, such as Square, or gradients."
+            )
+        x, zero, none = problem.x0.clone(), torch.zeros_like(problem.eps), torch.zeros_like(problem.goal.label)
         return HopSkipJumpState(
             x=x, phase=none, kept=x.clone(), far=zero, low=zero.clone(), high=zero.clone(), turn=none.clone(), count=none.clone(),
             votes=zero.clone(), drawn=torch.zeros_like(x), voted=torch.zeros_like(x), delta=zero.clone(), leap=zero.clone(),
@@ -231,8 +240,9 @@ def start(problem: Problem, tried: Tensor, k: int) -> Tensor:
     if problem.warm is None:
         return x
     change = problem.warm - x0
-    further = (tried <= STRETCHES) & (change != 0).flatten(1).any(1)
-    stretched = x0 + per_row((2.0**tried).to(x0), x0) * change
+    further = (tried <= STRETCHES + 1) & (change != 0).flatten(1).any(1)
+    stretched = x0 + per_row((2.0 ** (tried - 1)).to(x0), x0) * change
+    stretched = torch.where(per_row(tried <= 1, x0), problem.warm, stretched)  # to the last bit
     return torch.where(per_row(further, x0), stretched, x)
 
 

@@ -90,7 +90,8 @@ def attack(
         eps: a radius per example [N], instead of the threat's.
         confidence: by how many logits the wrong answer must win to count.
         reject: index of the logit by which the model rejects an input: to be rejected is no success then.
-        start: points [N, ...] to begin from, such as an earlier outcome's ``x``; they are brought into region and box.
+        start: points [N, ...] to begin from, such as an earlier outcome's ``x``; they are brought into region and box (into the
+            box alone for attacks that come from outside the region, such as HopSkipJump).
         seed: of the random streams; the global generators are not touched.
         batch: the physical batch size every pass has; results are bit-identical for equal ``batch``. Default: one that
             suits the number of rows, at most 256, fewer for large inputs and uneven attacks (``attacks/_batches.py``).
@@ -306,9 +307,12 @@ class Job:
         key = streams.derive(self.key[example], restart)
         warm = None
         if self.start is not None:
-            warm = self.threat.region.project(self.start[example].to(x0), x0, eps, self.threat.box)
+            warm, outside = self.start[example].to(x0), getattr(self.attack, "outside", False)
+            warm = (
+                warm.clamp(*self.threat.box) if outside else self.threat.region.project(warm, x0, eps, self.threat.box)
+            )
             # the same start again would be the same try again
-            if bool((restart > 0).any()) and bool(eps.isfinite().all()):
+            if not outside and bool((restart > 0).any()) and bool(eps.isfinite().all()):
                 own = self.threat.region.start(x0, eps, self.threat.box, key)
                 warm = torch.where(per_row(restart > 0, x0), own, warm)
         return Problem(self.target, self.threat, x0, eps, goal, key, example, number, restart, Findings.none(x0), warm)
