@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 import mohs
 from mohs.attacks import PGD
-from mohs.evaluation import Plan, PlanStep, confirm, confirmation, replay
+from mohs.evaluation import Plan, PlanStep, _scoring, confirm, confirmation, replay
 from mohs.evaluation.confirmation import ALPHA, drawn, fresh, level, needed
 from mohs.objectives import margin
-from mohs.records import SCORE, Record
+from mohs.records import SCORE, Draws, Record
+from mohs.records.ledger import Ledger
 from mohs.reports import plain, words
 from mohs.threat import Threat
 
@@ -194,6 +196,48 @@ def test_what_is_nearly_always_wrong_is_broken_and_replayed_draw_by_draw() -> No
     )  # fmt: skip
     assert wrong.tolist() == record.draws.wrong[rows].tolist()
     assert not replay(record, Planted(0.5).eval()).confirmed
+
+
+@pytest.mark.parametrize("killed", [1, 2])
+def test_a_run_that_is_killed_between_two_parts_of_the_scores_goes_on(
+    killed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluated(0.9, tmp_path / "whole", n=12)
+    monkeypatch.setattr(_scoring, "PART", 5)
+    put, parts = Ledger.put_draws, []
+
+    def put_draws(self: Ledger, rows: Draws) -> None:
+        parts.append(len(rows))
+        if len(parts) == 1 + killed:
+            raise KeyboardInterrupt
+        put(self, rows)
+
+    monkeypatch.setattr(Ledger, "put_draws", put_draws)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(0.9, tmp_path / "run", n=12)
+    assert Record.load(tmp_path / "run").scores is None
+    again = evaluated(0.9, tmp_path / "run", n=12)
+    assert parts == ([5, 5, 5, 2] if killed == 1 else [5, 5, 2, 2])
+    assert again.header.ledger_digest == whole.header.ledger_digest
+    assert again.scores.tolist() == whole.scores.tolist()
+
+
+def test_earlier_confirmations_are_asked_of_the_ledger_as_the_record_counts_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, list[int], list[int]]] = []
+    made = Ledger.confirmations
+
+    def confirmations(self: Ledger, attack: int, examples: Any) -> Any:
+        found = made(self, attack, examples)
+        asked.append((attack, list(examples), found.tolist()))
+        return found
+
+    monkeypatch.setattr(Ledger, "confirmations", confirmations)
+    record = evaluated(0.5, n=16)
+    assert any(max(k, default=0) > 1 for _, _, k in asked)
+    for attack, examples, earlier in asked:
+        assert record.confirmation(attack, examples).tolist() == [1 + k for k in earlier]
 
 
 def test_a_deterministic_model_has_no_draws() -> None:

@@ -29,7 +29,7 @@ def stands(run: Evaluation, index: int, found: Outcome, ids: Tensor) -> tuple[Te
     won, draws = found.success.clone(), drawn(run.threat)
     rows = won.nonzero().squeeze(1)
     examples = ids[rows].cpu().numpy()
-    looks = run.run.record().confirmation(index, examples)
+    looks = 1 + run.run.ledger.confirmations(index, examples)
     wrong = fresh(
         run.model, found.x[rows], run.y[ids[rows]], ids[rows], torch.from_numpy(looks).to(ids), draws, run.seed,
         run.settings.reject,
@@ -46,17 +46,20 @@ def score(run: Evaluation) -> None:
 
     It is the point that broke the example; else the one of highest margin; else, and where the unchanged input is wrong, that
     input. These draws chose nothing, so their share is not flattered by luck.
+
+    Each part is written down at once; a run that was killed between two of them goes on with the examples that have no score.
     """
     record = run.run.record()
     if not run.threat.draws or record.scores is not None:
         return
-    for at in range(0, record.n, PART):
-        part = np.arange(at, min(at + PART, record.n))
+    left = np.setdiff1d(np.arange(record.n), record.draws.example[record.draws.attack == records.SCORE])
+    for at in range(0, len(left), PART):
+        part = left[at : at + PART]
         ids = torch.from_numpy(part).to(run.x.device)
         points = run.x[ids].clone()
         for attack in record.attacks:
-            _put(points, at, *run.run.ledger.points(attack, part[record.breaker[part] == attack].tolist()))
-        _put(points, at, *run.run.ledger.nearest(part[record.survived[part]].tolist()))
+            _put(points, part, *run.run.ledger.points(attack, part[record.breaker[part] == attack].tolist()))
+        _put(points, part, *run.run.ledger.nearest(part[record.survived[part]].tolist()))
         wrong = fresh(
             run.model, points, run.y[ids], ids, torch.zeros_like(ids), run.threat.draws, run.seed, run.settings.reject
         )
@@ -68,6 +71,6 @@ def score(run: Evaluation) -> None:
         )  # fmt: skip
 
 
-def _put(points: Tensor, at: int, ids: np.ndarray, found: np.ndarray) -> None:
+def _put(points: Tensor, part: np.ndarray, ids: np.ndarray, found: np.ndarray) -> None:
     if len(ids):
-        points[torch.from_numpy(ids - at).to(points.device)] = torch.from_numpy(found).to(points)
+        points[torch.from_numpy(np.searchsorted(part, ids)).to(points.device)] = torch.from_numpy(found).to(points)

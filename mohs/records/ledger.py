@@ -8,7 +8,9 @@ was interrupted and resumed must have the same digest as one that was not.
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -268,6 +270,15 @@ class Ledger:
     def draws(self) -> Draws:
         """All fresh draws of a random model, by attack and example; empty for another one."""
         return Draws.from_rows(self._read("SELECT * FROM draws ORDER BY attack, example"))
+
+    def confirmations(self, attack: int, examples: Iterable[int]) -> NDArray[np.int64]:
+        """Of a random model, how many attacks before this one had a success at each of the examples asked again, [M]."""
+        wanted = [int(i) for i in examples]
+        asked: Counter[int] = Counter()
+        query = "SELECT example FROM draws WHERE attack=? AND example IN (SELECT value FROM json_each(?))"
+        for earlier in range(attack):
+            asked.update(self._ids(query, earlier, json.dumps(wanted)))
+        return np.asarray([asked[i] for i in wanted], dtype=np.int64)
 
     def points(self, attack: int, examples: Iterable[int] | None = None) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """The adversarial inputs an attack found: positions [M] and points [M, ...]."""
