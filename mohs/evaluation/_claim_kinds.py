@@ -107,7 +107,8 @@ class _Share(Claim):
     Args:
         tau: the claimed share, above 0 and at most 1.
         here: of the examples of one test set, and not of what they were drawn from. Where all of them were evaluated, no
-            statistics are left; the test set is refuted as soon as more than (1 - tau) of it are broken.
+            statistics are left; the test set is refuted as soon as more than (1 - tau) of it are broken (of a random model: as
+            soon as so many are that errors of the confirmation do not explain them).
     """
 
     here: bool = False
@@ -123,7 +124,7 @@ class _Share(Claim):
         """Bounds on the share: from the survivors from above, from the certified from below."""
         counts = self._counts(evidence)
         low, _ = counts.bounds(counts.survived - counts.unattacked)
-        _, high = counts.bounds(counts.survived)
+        high = counts.kept
         text = _counted(counts, low, high, counts.proven, self.quantity)
         return Weighed(low, high, counts.proven, self.tau, self.tau, text)
 
@@ -157,12 +158,16 @@ class _Share(Claim):
 class Accuracy(_Share):
     """At least the share ``tau`` of all answers stays right; an input that is wrong to begin with does not stay right.
 
-    For a model with randomness of its own, ``Scores`` are the evidence: then it is the mean chance of a right answer.
+    Of a model with randomness of its own, an answer is the majority of its draws, and the evidence are ``Counts`` whose
+    ``error`` is that of a confirmed break; so an evaluation judges it. With ``Scores`` as evidence, accuracy is the mean chance
+    that a single draw is right. A record holds these scores: ``judge(claim, Scores(threat=..., scores=record.scores))``.
     """
 
     kind = "accuracy"
     evidence = (Counts, Scores)
-    needs = "how many examples were tested and survived (Counts), or scores of a model that draws (Scores)"
+    needs = (
+        "how many examples were tested and survived (Counts), or the scores of single draws of a random model (Scores)"
+    )
     subject = "accuracy"
     stays = "of the answers stay right"
     upheld = "brought the accuracy below"
@@ -222,7 +227,7 @@ class Certified(_Share):
         if counts.certified is None:
             raise ClaimError(f"The claim '{self}' needs {self.needs}, but no certificate ran.")
         high, proven = counts.bounds(counts.certified)[1], counts.proven or 0.0
-        text = _counted(counts, *counts.bounds(counts.survived), proven, self.quantity)
+        text = _counted(counts, counts.bounds(counts.survived)[0], counts.kept, proven, self.quantity)
         text += f" These certificates prove {percent(high)} at most." if counts.n else ""
         return Weighed(0.0, high, proven, self.tau, self.tau, text)
 
@@ -368,16 +373,23 @@ def _counted(counts: Counts, low: float, high: float, proven: float | None, quan
     how += ", valid whenever one stops," * counts.stopped
     bounds = f"{percent(1 - counts.alpha)} {how} {percent(low)} and {percent(high)}"
     if counts.n == counts.total:
-        bounds = "these are all there are"
+        bounds = "these are all there are" + f"; {percent(1 - counts.alpha)} upper bound {percent(high)}" * (
+            counts.error > 0
+        )
     text = (
         f"Under {counts.threat}, {counts.survived} of n = {counts.n} examples survived "
         f"({percent(counts.survived / counts.n)}, an upper bound on the {quantity}; {bounds})"
     )
     if counts.unattacked:
         text += f", {counts.unattacked} of which no attack was tried on"
+    drawn = (
+        " An answer is the majority vote of a random model's draws, and a break is a confirmed one (error rate "
+        f"{counts.error:g} per example, for which the upper bound allows)."
+    ) * (counts.error > 0)
     if counts.certified is None or proven is None:
-        return f"{text}. No certificate ran."
-    return f"{text}; {counts.certified} are certified ({percent(counts.certified / counts.n)}, lower bound {percent(proven)})."
+        return f"{text}. No certificate ran.{drawn}"
+    share = percent(counts.certified / counts.n)
+    return f"{text}; {counts.certified} are certified ({share}, lower bound {percent(proven)}).{drawn}"
 
 
 def _sized(sizes: Sizes, low: float, high: float, proven: float | None, alpha: float) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mohs import records
 from mohs.errors import ClaimError
 from mohs.evaluation._claim_kinds import Accuracy, Certified, Claim, Detection, Median, Stability, Word
+from mohs.evaluation.confirmation import ALPHA, needed
 from mohs.evaluation.evidence import Counts, Evidence
 from mohs.records.schema import Verdict
 
@@ -33,7 +37,8 @@ def judge(claim: Claim | str, evidence: Evidence) -> Verdict:
 
     The truly robust are at least the certified and at most the survivors. So the upper bound of the survivors refutes
     whatever attacks were chosen, however, and on these very examples; the lower bound of the certified proves. Both are
-    one-sided bounds: a true claim is refuted, and a false one called certified, with probability at most alpha each. 'Upheld
+    one-sided bounds: a true claim is refuted, and a false one called certified, with probability at most alpha each. Of a
+    random model, a confirmed break may be an error itself, for which the upper bound allows (``Counts.kept``). 'Upheld
     so far' has no such rate, as the attacks may have been too weak. The same holds for sizes of changes and detections.
 
     ======================  =====================================================  =========
@@ -48,8 +53,8 @@ def judge(claim: Claim | str, evidence: Evidence) -> Verdict:
 
     Args:
         claim: what was claimed.
-        evidence: of a kind that the claim needs: ``Counts`` for shares, ``Scores`` for models that draw, ``Sizes`` for
-            medians, ``Detections`` for detectors.
+        evidence: of a kind that the claim needs: ``Counts`` for shares, ``Scores`` for single draws of random models, ``Sizes``
+            for medians, ``Detections`` for detectors.
 
     Returns:
         A ``Verdict``: word, sentence, exit code, ``lower`` (from certificates, None without) and ``upper``; no bounds
@@ -99,6 +104,7 @@ def verdict(
     untried: Sequence[str] = (),
     alpha: float = 0.05,
     probabilistic_failure: float = 0.0,
+    error: float = 0.0,
 ) -> Verdict:
     """``judge`` on plain counts; see ``Counts`` for what they mean.
 
@@ -107,7 +113,7 @@ def verdict(
     """
     counts = Counts(
         threat=threat, n=n, survived=survived, certified=certified, blocked=blocked, untried=untried, alpha=alpha,
-        failure=probabilistic_failure,
+        failure=probabilistic_failure, error=error,
     )  # fmt: skip
     return judge(claim, counts)
 
@@ -120,6 +126,7 @@ def decided(
     *,
     certified: int | None = None,
     alpha: float = 0.05,
+    error: float = 0.0,
 ) -> bool:
     """Do the counts so far decide a claim, so that an evaluation may end early?
 
@@ -134,6 +141,7 @@ def decided(
         total: size of the test set; needed if the claim is about it, and of no use otherwise.
         certified: those certified, None without certificates.
         alpha: error rate of each bound.
+        error: probability at which an example of a random model is called broken wrongly; see ``Counts``.
 
     Raises:
         ClaimError: a claim on something else.
@@ -159,6 +167,7 @@ def decided(
         certified=certified,
         alpha=alpha,
         stopped=True,
+        error=error,
     )
     return judge(claim, counts).word != "undecided"
 
@@ -200,6 +209,11 @@ def of_record(
     For stability, an answer that was wrong to begin with may well stay the same: no attack was tried on it, so it refutes
     nothing and upholds nothing.
 
+    Of a random model the majority vote is judged. An example is called broken by a confirmation of error rate ``ALPHA`` in all, and
+    the upper bound allows for it. That an unchanged input is wrong was seen on few draws, the same that chose the examples to be
+    attacked: for the upper bound it counts only where the draws of its score, which chose nothing, confirm it at that rate; else
+    it refutes nothing and upholds nothing.
+
     Args:
         claim: what was claimed.
         record: of an evaluation, complete or not.
@@ -209,13 +223,27 @@ def of_record(
             early and did not.
         total: size of the test set, for a claim about it. Default: the examples of the record are all there are.
     """
-    wrong = int((~record.correct).sum()) if isinstance(claim, Stability) else 0
+    random = int(record.header.threat.get("draws") or 0) > 0
+    if isinstance(claim, Stability):
+        wrong = int((~record.correct).sum())
+    else:
+        wrong = int(_doubtful(record).sum()) if random else 0
     counts = Counts(
         threat=record.header.threat_text, n=record.n, survived=int(record.survived.sum()) + wrong, unattacked=wrong,
         certified=None if record.certified is None else int(record.certified.sum()), blocked=blocked, untried=untried,
-        total=(total or record.n) if getattr(claim, "here", False) else None, stopped=stopped,
+        total=(total or record.n) if getattr(claim, "here", False) else None, stopped=stopped, error=ALPHA * random,
     )  # fmt: skip
     return judge(claim, counts)
+
+
+def _doubtful(record: records.Record) -> NDArray[np.bool_]:
+    """Which unchanged inputs of a random model were answered wrongly, but perhaps by luck, [N]."""
+    doubtful = ~record.correct
+    scored = record.draws.attack == records.SCORE
+    rows = record.draws
+    for example, drawn, wrong in zip(rows.example[scored], rows.drawn[scored], rows.wrong[scored]):
+        doubtful[example] &= wrong < needed(int(drawn))
+    return doubtful
 
 
 def _n(evidence: Evidence) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -53,6 +53,8 @@ class Counts(Evidence):
         unattacked: those among the survivors that no attack was tried on; they refute nothing and uphold nothing.
         total: size of the test set, if the claim is about that set alone.
         stopped: was n chosen while looking at the counts? Then the bounds are those that allow it.
+        error: probability at most at which an example is called broken though it is not, per example; 0 for a model whose
+            answers are certain. Of a random one that of ``mohs.evaluation.confirm``; ``kept`` allows for it.
     """
 
     n: int
@@ -62,6 +64,7 @@ class Counts(Evidence):
     unattacked: int = 0
     total: int | None = None
     stopped: bool = False
+    error: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +76,10 @@ class Counts(Evidence):
             raise UsageError(
                 f"probabilistic_failure must lie in [0, 1), per example; got {self.failure!r}. Use 0 for a "
                 "deterministic certificate."
+            )
+        if not 0 <= self.error < 1:
+            raise UsageError(
+                f"error must lie in [0, 1), per example; got {self.error!r}. Use 0 for a model whose answers are certain."
             )
         if self.certified is None:
             return
@@ -96,6 +103,41 @@ class Counts(Evidence):
         else:
             low, high = finite_bounds(k, self.n, self.total, self.alpha, 1)
         return low / self.total, high / self.total
+
+    @property
+    def kept(self) -> float:
+        """One-sided upper bound, at ``alpha``, on the share that truly withstands, from those that survived.
+
+        Let e be ``error``. Whatever happened to other examples, one that truly withstands survives with probability 1 - e at
+        least, as the draws that judge it are its own.
+
+        Of all inputs: where the share p withstands, an example survives with probability ``s >= p (1 - e)``, given all before
+        it. The number of survivors is then stochastically at least binomial with ``p (1 - e)``, and the evidence of a
+        confidence sequence against a larger ``s`` a supermartingale. So ``bounds`` hold for ``p (1 - e)``, at a fixed size and
+        at any time, and divided by 1 - e for p.
+
+        Of one test set: let K' be how many of its ``total`` members survive if all are asked; at least binomially many of the K
+        that withstand, ``Bin(K, 1 - e)``. With probability ``1 - alpha / 2`` K' is at most U, the bound of ``bounds`` at
+        ``alpha / 2``, and with ``1 - alpha / 2`` K is at most the largest number under which ``P(Bin(K, 1 - e) <= K') > alpha /
+        2``, which grows with K'. So this number at U bounds K but for alpha. Where all members were asked, K' is known, and all
+        of alpha goes into the second step.
+
+        Both take for granted that the errors of different examples are independent, as they are where each row of a batch has
+        noise of its own. A model that draws once per batch makes those of up to 16 examples coincide.
+        """
+        if not self.error:
+            return self.bounds(self.survived)[1]
+        if self.total is None:
+            return min(1.0, self.bounds(self.survived)[1] / (1 - self.error))
+        if self.total == 0:
+            return 1.0
+        from scipy.special import bdtr
+
+        known = self.n == self.total
+        tail = self.alpha / (1 if known else 2)
+        most = self.survived if known else round(replace(self, alpha=tail).bounds(self.survived)[1] * self.total)
+        many = np.arange(most, self.total + 1)
+        return float(many[bdtr(most, many, 1 - self.error) > tail].max(initial=most)) / self.total
 
     @property
     def proven(self) -> float | None:
