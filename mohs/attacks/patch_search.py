@@ -65,7 +65,7 @@ class PatchSearch:
     >>> import mohs, torch
     >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 2, bias=False))
     >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0] * 9, [0.0] * 8 + [4.0]]))
-    >>> out = mohs.attack(PatchSearch(steps=100), net, torch.full((1, 1, 3, 3), 0.4), torch.tensor([0]), "patch:2")
+    >>> out = mohs.attack(PatchSearch(steps=100), net, torch.full((1, 1, 3, 3), 0.4), torch.tensor([0]), "patch:2", restarts=9)
     >>> out.success.tolist(), int(out.backwards), float(out.size)
     ([True], 0, 2.0)
 
