@@ -36,6 +36,8 @@ class Attack(Protocol):
         random: do restarts differ? (Taken for granted where it is not said.)
         uneven: do its rows differ in how many backwards a step takes, or in how many steps they take where the budget is
             spent? Then smaller batches waste less (taken for no).
+        own_step: a method, where a step has one length: that at a threat's radius, in units of the field ``step_size``, of which
+            any positive number is then allowed.
         outside: does it come from outside the region? Then the caller's points are brought into the box alone, and all
             restarts begin there (taken for no).
         norms: the regions it serves, of "linf", "l2", "l1", "lp", "l0" and "patch" (where it is not said: all of them).

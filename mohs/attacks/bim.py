@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_ascent
-from mohs.attacks.pgd import step_sizes
+from mohs.attacks.pgd import step_sizes, usual_step
 from mohs.objectives import Objective, cross_entropy
 from mohs.problem import Problem
-from mohs.threat import Access
+from mohs.threat import Access, Threat
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class BIM:
 
     def __post_init__(self) -> None:
         check_ascent(self)
+
+    def own_step(self, threat: Threat) -> float:
+        """Length of a step at the threat's radius, in units of ``step_size``."""
+        return usual_step(threat, self.steps) / 2.5 if self.step_size is None else self.step_size
 
     def init(self, problem: Problem) -> State:
         """At the clean input, or where the caller wants."""

@@ -16,7 +16,7 @@ from mohs.errors import ThreatError
 from mohs.objectives import Objective, margin
 from mohs.problem import Problem
 from mohs.regions import Patch, per_row
-from mohs.threat import Access
+from mohs.threat import Access, Threat
 
 
 @dataclass(kw_only=True)
@@ -80,6 +80,10 @@ class LaVAN:
         check_ascent(self)
         check_whole(self, "windows")
 
+    def own_step(self, threat: Threat) -> float:
+        """Length of the first step, in units of ``step_size``."""
+        return (threat.box[1] - threat.box[0]) / 4 if self.step_size is None else self.step_size
+
     def trials(self, region: Patch) -> int:
         """How many windows a restart looks at."""
         count = min(self.windows, self.steps // 4) if region.at is None else 0
@@ -106,7 +110,7 @@ class LaVAN:
             return self._at(problem, region, state, chosen if k == trials else torch.full_like(chosen, k))
         g = problem.gradient(state.x, self.objective)
         low, high = problem.threat.box
-        size = ((high - low) / 4 if self.step_size is None else self.step_size) * (1 - k / self.steps)
+        size = self.own_step(problem.threat) * (1 - k / self.steps)
         if problem.warm is not None:
             return replace(state, x=problem.advance(state.x, g, torch.full_like(problem.eps, size)))
         return self._at(

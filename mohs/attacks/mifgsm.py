@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_ascent, check_least
+from mohs.attacks.pgd import usual_step
 from mohs.objectives import Objective, cross_entropy
 from mohs.problem import Problem
 from mohs.regions import per_row
-from mohs.threat import Access
+from mohs.threat import Access, Threat
 
 
 @dataclass(kw_only=True)
@@ -64,6 +65,10 @@ class MIFGSM:
     def __post_init__(self) -> None:
         check_ascent(self)
         check_least(self, 0, "decay")
+
+    def own_step(self, threat: Threat) -> float:
+        """Length of a step at the threat's radius, in units of ``step_size``."""
+        return usual_step(threat, self.steps) / 2.5 if self.step_size is None else self.step_size
 
     def init(self, problem: Problem) -> MomentumState:
         """At the clean input, without momentum."""

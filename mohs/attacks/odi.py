@@ -9,10 +9,11 @@ from torch import Tensor
 from mohs import streams
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_whole
-from mohs.attacks.pgd import PGD, step_sizes
+from mohs.attacks.pgd import PGD, step_sizes, usual_step
 from mohs.objectives import Objective, margin
 from mohs.problem import Problem
 from mohs.regions import Lp
+from mohs.threat import Threat
 
 DIRECTION = 2  # draw number: 0 and 1 made the random start
 
@@ -59,9 +60,17 @@ class ODI(PGD):
         super().__post_init__()
         check_whole(self, "diversify", least=0)
 
+    def own_step(self, threat: Threat) -> float:
+        """Length of PGD's steps at the threat's radius, in units of ``step_size``."""
+        return usual_step(threat, self.steps - self.first()) if self.step_size is None else self.step_size
+
+    def first(self) -> int:
+        """How many steps go along the random direction."""
+        return min(self.diversify, self.steps // 2) if self.random_start else 0
+
     def step(self, problem: Problem, state: State, k: int) -> State:
         """A step along the random direction, or one of PGD."""
-        first = min(self.diversify, self.steps // 2) if self.random_start else 0
+        first = self.first()
         view = problem.linearize(state.x, self.objective)
         if k < first:
             region, box = problem.threat.region, problem.threat.box

@@ -12,7 +12,7 @@ from mohs.attacks._base import State
 from mohs.attacks._settings import check_ascent
 from mohs.objectives import Objective, cross_entropy
 from mohs.problem import Problem
-from mohs.threat import Access
+from mohs.threat import Access, Threat
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,10 @@ class PGD:
         """Do restarts differ?"""
         return self.random_start
 
+    def own_step(self, threat: Threat) -> float:
+        """Length of a step at the threat's radius, in units of ``step_size``."""
+        return usual_step(threat, self.steps) if self.step_size is None else self.step_size
+
     def init(self, problem: Problem) -> State:
         """A random point of the region, or the clean input."""
         return State(problem.start() if self.random_start else problem.begin())
@@ -69,6 +73,12 @@ class PGD:
         g = problem.gradient(state.x, self.objective)
         size = step_sizes(problem, self.step_size, self.steps)
         return State(problem.advance(state.x, g, size))
+
+
+def usual_step(threat: Threat, steps: int) -> float:
+    """The region's default at the threat's radius."""
+    eps = torch.tensor([threat.region.eps], dtype=torch.float64)
+    return float(threat.region.default_step(eps, steps, threat.box))
 
 
 def step_sizes(problem: Problem, step_size: float | None, steps: int) -> Tensor:

@@ -16,7 +16,7 @@ from mohs.attacks._sparse import geometry, unit
 from mohs.objectives import Objective, cross_entropy
 from mohs.problem import Problem
 from mohs.regions import per_row
-from mohs.threat import Access
+from mohs.threat import Access, Threat
 
 
 @dataclass(kw_only=True)
@@ -85,6 +85,10 @@ class SPGD:
         check_ascent(self)
         check_whole(self, "patience")
         check_positive(self, "mask_step")
+
+    def own_step(self, threat: Threat) -> float:
+        """Length of a step, in units of ``step_size``."""
+        return self.step_size
 
     @property
     def random(self) -> bool:

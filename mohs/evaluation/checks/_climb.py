@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mohs.attacks import Stop
+from mohs.evaluation.checks._obstacles import closed, stepless, uncertain, unless, unsighted
 from mohs.evaluation.checks._review import Review
-from mohs.evaluation.checks._seen import Seen, ok
+from mohs.evaluation.checks._seen import Seen, ok, untested
 from mohs.objectives import Objective, dlr, margin, probability_margin
 from mohs.problem import Goal
 
@@ -31,24 +32,20 @@ UNSETTLED = 0.01
 """Share of the survivors whose attack may end by its budget without a word."""
 
 
+@unless(closed, uncertain, stepless)
 def step_size(review: Review) -> Seen:
     """Do steps of a quarter or four times the size change anything? No pass where attacks set their steps themselves; else at most
     a hundredth of the plan's passes, or 6 rows."""
-    if review.closed:
-        return Seen("info", f"not tested: {review.closed}")
-    if review.threat.draws:
-        return Seen("info", "not tested: of a random model a small gain cannot be told from luck")
-    if review.strongest is None:
-        return Seen("info", "not tested: the plan has no attack at a fixed radius whose steps can be set")
+    assert review.strongest is not None
     attack = review.strongest[1]
     name = type(attack).__name__
     if not _has(attack, "step_size"):
         return ok(f"{name}, the strongest of the plan, sets its steps by itself")
+    if not hasattr(attack, "own_step"):
+        return untested(f"the steps of {name}, the strongest of the plan, have no one length")
     if not review.alive.any():
         return ok("there are no survivors")
-    region, box = review.threat.region, review.threat.box
-    eps = torch.tensor([region.eps], dtype=torch.float64)
-    own = attack.step_size or float(region.default_step(eps, attack.steps, box))
+    own = attack.own_step(review.threat)
     rows = review.near(review.afford(2 * len(SIZES) * attack.steps, most=16))
     before = torch.from_numpy(review.best[rows.cpu().numpy()])
     start = -torch.from_numpy(review.record.examples.clean_margin[rows.cpu().numpy()])
@@ -78,7 +75,7 @@ def climbs(traces: Sequence[tuple[int, int, int, NDArray[Any]]]) -> Seen:
     paths = [values[np.isfinite(values)] for *_, values in traces]
     paths = [v for v in paths if len(v) > 2]
     if not paths:
-        return Seen("info", "not tested: there are no loss curves")
+        return untested("there are no loss curves")
     stuck = sum(bool(v[1:].max() <= v[0]) for v in paths)
     falls = float(np.mean([np.mean(np.diff(v) < 0) for v in paths]))
     third = [max(len(v) // 3, 1) for v in paths]
@@ -118,11 +115,10 @@ class Watched(Objective):
         return value, cotangent
 
 
+@unless(unsighted)
 def means_success(review: Review) -> Seen:
     """Does a higher objective mean a larger margin, along the way of an attack? No pass where some attack climbs an objective that
     is above 0 exactly where the goal is met; else the path of one, on 6 to 16 examples."""
-    if not review.sighted:
-        return Seen("info", "not tested: the plan has no iterative attack with gradients")
     climbed = {a: getattr(review.steps[a][1], "objective", margin) for a in review.sighted}
     signed = [a for a, objective in climbed.items() if objective in SIGNED]
     if signed:
@@ -131,8 +127,10 @@ def means_success(review: Review) -> Seen:
             f"{len(signed)} of {len(climbed)} attacks with gradients ({names}) climb what is above 0 only for a success"
         )
     able = [a for a in climbed if isinstance(climbed[a], Objective) and _has(review.steps[a][1], "objective")]
-    if review.closed or review.threat.draws or not able:
-        return Seen("info", f"not tested: {review.closed or 'answers are random, or no objective can be watched'}")
+    if reason := closed(review) or uncertain(review):
+        return untested(reason)
+    if not able:
+        return untested("no objective can be watched")
     attack: Any = review.steps[able[-1]][1]
     objective = climbed[able[-1]]
     rows = review.near(min(review.afford(2 * attack.steps, most=16), review.run.batch), review.record.correct)
@@ -144,7 +142,7 @@ def means_success(review: Review) -> Seen:
     agree = np.array([_ranked(v, m) for v, m in zip(values.T, margins.T, strict=True)])
     against, n = int((agree < 0).sum()), int(np.isfinite(agree).sum())
     if not n:
-        return Seen("info", f"not tested: {objective!r} did not change on the way")
+        return untested(f"{objective!r} did not change on the way")
     saw = (
         f"along the way of {type(attack).__name__}, {objective!r} and the margin go against each other for {against} of {n} "
         f"examples (rank correlation below 0; median {np.nanmedian(agree):.2f}; threshold {AGAINST:.0%})"
