@@ -102,7 +102,6 @@ def load(spec: str, *, weights: str | Path | None = None, arch: str | None = Non
             raise ModelError(f"{path} holds weights only; say which net they belong to with arch, one of {_nets()}.")
         module = _build(arch or str(stored))
         notes = _fill(module, path)
-        _note_training(module, facts)
     else:
         module = _build(spec)
         if weights is not None:
@@ -138,7 +137,10 @@ def _finish(module: nn.Module, notes: list[str], spec: str) -> nn.Module:
 
 def _fill(module: nn.Module, path: Path) -> list[str]:
     state, notes = read_with_notes(path)
-    return notes + fit(module, state, str(path))
+    notes = notes + fit(module, state, str(path))
+    if path.suffix.lower() == ".safetensors":
+        _note_training(module, read_metadata(path))
+    return notes
 
 
 def _build(spec: str) -> nn.Module:
