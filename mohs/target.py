@@ -237,7 +237,7 @@ class Target:
         with torch.enable_grad():
             graphs = [self._fitting(classify(self.guide, x), problem.goal) for _ in range(self.average)]
         logits = [graph.detach() for graph in graphs]
-        self._known(logits[0], self.own)
+        self._known(logits[0], self.own, problem.goal)
         values, cotangents = zip(*[(objective or margin)(z, problem.goal) for z in logits], strict=True)
         value = _mean(values)
         lead, met = self._nominate(
@@ -265,13 +265,18 @@ class Target:
             logits = [_ask(asked, x.detach(), live) for _ in range(self.average)]
             if not shown:
                 logits = [self._fitting(z, problem.goal) for z in logits]
-        self._known(logits[0], shown or self.own)
+        self._known(logits[0], shown or self.own, problem.goal)
         value = None if objective is None else _mean([objective(z, problem.goal)[0] for z in logits])
         lead, met = self._nominate(problem, x.detach(), logits, value, asked=shown, passes=self.average, sure=shown)
         labels = None if len(logits) == 1 else torch.stack([answers(z) for z in logits])
         return Look(self.access, _mean(logits), lead, met, _value=value, _answers=labels)
 
-    def _known(self, logits: Tensor, own: bool) -> None:
+    def _known(self, logits: Tensor, own: bool, goal: Goal) -> None:
+        if goal.reject is not None and goal.reject >= logits.shape[1]:
+            raise ModelError(
+                f"The rejection was said to be logit {goal.reject}, counted from 0; the {'model' if own else 'guide'} answers with "
+                f"{logits.shape[1]} logits. Give reject the index of one of these, or None for a model that never rejects."
+            )
         if self.labels is not None and self.highest >= logits.shape[1]:
             _refuse_labels(self.labels, logits.shape[1], "model" if own else "guide")
 
@@ -296,7 +301,8 @@ class Target:
         if judged.shape[1] != logits.shape[1]:
             raise ModelError(
                 f"The guide answers with {logits.shape[1]} logits and the model with {judged.shape[1]}, so that it points to other "
-                "classes. Give a guide with the model's classes in the model's order."
+                "classes. Give a guide with the model's classes in the model's order; it may lack the rejection only where that is "
+                "the model's last logit."
             )
 
     def _nominate(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
+from mohs.evaluation.checks._obstacles import closed, stepless
 from mohs.evaluation.checks._review import MOST, Review, fools
-from mohs.evaluation.checks._seen import Seen, ok
+from mohs.evaluation.checks._seen import Seen, ok, untested
 from mohs.guide import answers_for
+from mohs.target import classify
 
 MISSED = 0.1
 """Share of the points for the stand-in that may leave the model right."""
@@ -18,16 +21,22 @@ def stand_in(review: Review) -> Seen:
     run, guide = review.run, review.run.guide
     if guide is None or answers_for(guide, run.model):
         return ok("the gradients are those of something that answers as the model does")
-    if review.closed:
-        return Seen("info", f"not tested: {review.closed}")
-    if review.strongest is None:
-        return Seen("info", "not tested: the plan has no attack whose steps can be set")
+    if reason := closed(review) or stepless(review):
+        return untested(reason)
+    assert review.strongest is not None
     attack = review.strongest[1]
     rows = review.near(review.afford(3 * attack.steps, most=MOST), review.record.correct)
-    alone = review.tried(attack, rows, guide=None, model=guide, average=1)
+    if not len(rows):
+        return ok("no example is right")
+    reject = run.settings.reject
+    if reject is not None:
+        with torch.no_grad():
+            classes = classify(guide, run.x[rows]).shape[1]
+        reject = reject if classes > reject else None  # a stand-in that never rejects is fooled without it
+    alone = review.tried(attack, rows, guide=None, model=guide, average=1, reject=reject)
     fooled = alone.success.nonzero().squeeze(1)
     if not len(fooled):
-        return Seen("info", f"not tested: {type(attack).__name__} did not fool the stand-in on {len(rows)} examples")
+        return untested(f"{type(attack).__name__} did not fool the stand-in on {len(rows)} examples")
     points, labels = alone.x[fooled], run.y[rows][fooled]
     hit = int(fools(run.model, points, labels, review.threat.draws, run.seed, run.settings.reject).sum())
     n = len(fooled)
@@ -49,7 +58,7 @@ def trained_against(review: Review) -> Seen:
     """Was the model trained against the kind of attack that tests it? No pass."""
     said = stated(review.run.model)
     if not said:
-        return Seen("info", "not tested: nothing says what the model was trained against (attribute trained_against)")
+        return untested("nothing says what the model was trained against (attribute trained_against)")
     trained = {text.split("(")[0] for text in said}
     used = {type(review.steps[a][1]).__name__ for a in review.attacks}
     saw = f"trained against {', '.join(said)}; attacked by {', '.join(sorted(used)) or 'nothing'}"

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from mohs.attacks import HopSkipJump
 from mohs.attacks.run import refused_norm
-from mohs.evaluation.checks._review import Review
-from mohs.evaluation.checks._seen import Seen, ok
+from mohs.evaluation.checks._obstacles import closed, uncertain, unless, unsighted
+from mohs.evaluation.checks._review import Review, excused
+from mohs.evaluation.checks._seen import Seen, ok, untested
 
 SEARCH = HopSkipJump(steps=500, votes=40)
 """What the check runs, and the ladder after it."""
 FORWARDS = 20
-"""For each example of the evaluation, about so many forwards may go into the check."""
+"""For each example of the evaluation, about so many forwards may go into the check, within ``LEAST`` and ``MOST`` rows."""
 LEAST, MOST = 3, 8
 """Rows it runs on."""
 BEFORE = ("no-gradient", "zero-gradient", "gradient-promise")
@@ -23,20 +24,18 @@ AFTER = ("masking", "one-step", "random-points", "unbounded")
 """Checks after the plan that do."""
 
 
+def unserved(review: Review) -> str:
+    """The search does not serve the threat's region."""
+    return refused_norm(SEARCH, review.threat) or ""
+
+
+@unless(closed, unserved, uncertain, unsighted)
 def answers_only(review: Review) -> Seen:
-    """Do labels alone break what attacks with gradients did not? No pass where nothing else makes the gradients suspect; else 501
-    forwards for each of 3 to 8 examples, about 20 for each example of the evaluation."""
-    if reason := review.closed or refused_norm(SEARCH, review.threat):
-        return Seen("info", f"not tested: {reason}")
-    if review.threat.draws:
-        return Seen("info", "not tested: the boundary of a random model has no one side")
-    if not review.sighted:
-        return Seen("info", "not tested: the plan has no iterative attack with gradients")
+    """Do labels alone break what attacks with gradients did not? No pass where nothing else makes the gradients suspect; else at
+    most 501 forwards for each of 3 examples (evaluations of fewer than 100) to 8 (of 200 and more)."""
     loud = suspicions(review)
     if not loud:
-        return Seen(
-            "info", "not tested: no other check makes the gradients suspect, and labels alone take hundreds of queries"
-        )
+        return untested("no other check makes the gradients suspect, and labels alone take hundreds of queries")
     count = int(np.clip(FORWARDS * review.record.n // SEARCH.steps, LEAST, MOST))
     rows = review.near(count, review.record.correct & ~review.won(review.attacks))
     if not len(rows):
@@ -47,11 +46,7 @@ def answers_only(review: Review) -> Seen:
         f"{SEARCH.steps} queries of HopSkipJump, by the answers alone, break {new} of the {n} survivors nearest to breaking "
         f"(threshold: one; asked because of {', '.join(loud)})"
     )
-    if not new:
-        return ok(saw)
-    if new == 1:
-        return Seen("info", saw, "One is to be expected: each attack finds some that others miss.")
-    return Seen(
+    return excused(review, saw, new, n) or Seen(
         "warn", saw,
         "Who sees the answer alone should find far less than who sees gradients. Where that is not so, gradients and scores hide "
         "the way, and what survived them says little.",
