@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import mohs
 from mohs.attacks import PGD
+from mohs.cli import screen
+from mohs.errors import UsageError
 from mohs.evaluation import Plan, PlanStep, _scoring, confirm, confirmation, replay
 from mohs.evaluation.confirmation import ALPHA, drawn, fresh, level, needed
 from mohs.objectives import margin
@@ -111,6 +113,18 @@ def test_draws_belong_to_seed_example_and_look() -> None:
         assert not torch.equal(all_, other)
 
 
+def test_draws_belong_to_the_numbers_that_examples_are_given() -> None:
+    x, y = moved(40)
+    numbers = torch.arange(40).flip(0) + 3
+    one = confirm(Planted(0.63), x, y, RANDOM, ids=numbers)
+    some = torch.tensor([4, 30])
+    assert 5 < int(one.sum()) < 35
+    assert torch.equal(confirm(Planted(0.63), x[some], y[some], RANDOM, ids=numbers[some]), one[some])
+    assert not torch.equal(confirm(Planted(0.63), x, y, RANDOM), one)
+    with pytest.raises(UsageError, match="name each example once"):
+        confirm(Planted(0.63), x[:2], y[:2], RANDOM, ids=torch.tensor([5, 5]))
+
+
 def test_of_a_deterministic_model_one_answer_decides() -> None:
     x, y = moved(3)
     model = Planted(1.0)
@@ -181,13 +195,14 @@ def test_an_evaluation_is_not_won_by_luck_and_names_both_protocols(tmp_path: Pat
     assert any("majority" in how for name, how in words.threat_rows(record.header) if name == "Randomness")
 
 
-def test_what_is_nearly_always_wrong_is_broken_and_replayed_draw_by_draw() -> None:
+def test_what_is_nearly_always_wrong_is_broken_and_replayed_draw_by_draw(capsys: pytest.CaptureFixture[str]) -> None:
     record = evaluated(0.9, n=24)
     assert record.robust_accuracy == 0
     assert record.expected_accuracy == pytest.approx(0.1, abs=0.05)
     again = replay(record, Planted(0.9).eval())
     assert again.holds
     assert again.points == 24
+    assert again.other_draws == ""
     rows = record.draws.attack == 0
     ids, points = record.points(0, record.draws.example[rows].tolist())
     wrong = fresh(
@@ -196,6 +211,13 @@ def test_what_is_nearly_always_wrong_is_broken_and_replayed_draw_by_draw() -> No
     )  # fmt: skip
     assert wrong.tolist() == record.draws.wrong[rows].tolist()
     assert not replay(record, Planted(0.5).eval()).confirmed
+    for other in ({"device": "cuda:1"}, {"torch": "1.0.0+cpu"}):
+        made = record.header.environment.model_copy(update=other)
+        record.header = record.header.model_copy(update={"environment": made})
+        seen = replay(record, Planted(0.9).eval())
+        assert "gives other random numbers" in seen.other_draws
+        screen.replayed(record, seen)
+        assert "Replay where the run was made" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("killed", [1, 2])

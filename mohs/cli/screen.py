@@ -132,6 +132,8 @@ def replayed(rec: Record, seen: Replayed) -> None:
         if rows:
             some = ", ".join(f"{rec.attack_name(a)} on example {e}" for a, e in rows[:5])
             say(f"{len(rows)} {name}: {some}{' ...' if len(rows) > 5 else ''}")
+    if seen.other_draws:
+        say(seen.other_draws)
 
 
 def difference(d: Diff) -> None:

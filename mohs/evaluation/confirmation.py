@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs import streams
+from mohs.errors import UsageError
 from mohs.evaluation._quiet import untouched
 from mohs.problem import Goal
 from mohs.target import classify, rounding
@@ -47,7 +48,8 @@ def needed(draws: int, look: int = 1) -> int:
 
 
 def confirm(
-    model: nn.Module, x: Tensor, y: Tensor, threat: Threat | str, *, seed: int = 0, look: int = 1, reject: int | None = None
+    model: nn.Module, x: Tensor, y: Tensor, threat: Threat | str, *, seed: int = 0, look: int = 1, reject: int | None = None,
+    ids: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Which points break the model, [N]: wrong in more than half of its draws, beyond reasonable doubt.
 
@@ -58,16 +60,23 @@ def confirm(
         broken  <=>  P(Binomial(m, 1/2) >= wrong) <= alpha * 6 / (pi k)^2,   m = max(5 * draws, 100), alpha = 0.01
 
     Args:
-        model: in eval mode; inputs in the box to logits.
+        model: as it is deployed (in eval mode; the Dropout below is in training mode, as its noise is what is shown); inputs in the
+            box to logits.
         x: attacked points [N, ...].
-        y: true classes [N].
+        y: true classes [N]. Only 'answered otherwise' is confirmed; that a targeted attack reached its target is not.
         threat: its ``draws`` say how the model is scored; 0: one answer decides.
         seed: of the fresh draws; another one than that of the attack gives no other answers but by chance.
         look: how many points were confirmed at these examples so far, and this one: each gets draws of its own, and a smaller
             error rate, so that trying again and again does not end in luck.
         reject: index of the logit by which the model rejects an input; to be rejected is no success.
+        ids: number of each example, int64 [N], none twice; its draws depend on it. Default: 0, 1, ... .
 
-    Cost: 100 forwards per example, or five times the threat's ``draws``; of a deterministic model one.
+    Raises:
+        UsageError: two rows have the same number.
+
+    Cost: 100 forwards per example, or five times the threat's ``draws``; of a deterministic model one. Passes are filled up to 16
+    rows: of a few examples, or of numbers that lie far apart, each forward costs as much as up to 16. Neither these rows nor any
+    other draws of a confirmation are part of the passes that an attack reports.
 
     >>> noisy = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.2)).train()  # drops at random
     >>> points = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -80,7 +89,11 @@ def confirm(
     binomial tail; the error rates of the looks add up as in Bonferroni's inequality.
     """
     threat = Threat.parse(threat)
-    ids = torch.arange(len(x), device=x.device)
+    ids = torch.arange(len(x), device=x.device) if ids is None else ids.to(x.device)
+    if len(ids.unique()) < len(ids):
+        raise UsageError(
+            "ids must name each example once, as its draws depend on its number; confirm two points of one in two calls."
+        )
     if not threat.draws:
         return fresh(model, x, y, ids, torch.ones_like(ids), 1, seed, reject) > 0
     m = drawn(threat)

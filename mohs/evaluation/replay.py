@@ -28,6 +28,8 @@ class Replayed:
         outside: (attack, example) of those outside the region or the box.
         right: (attack, example) of those the model answers rightly now.
         same_model: do the weights have the recorded hash?
+        other_draws: of a random model, why its draws are others than those of the run, so that a point which is wrong in little more
+            than half of them may be answered rightly here though nobody changed anything; '' if they are the same.
     """
 
     points: int
@@ -35,6 +37,7 @@ class Replayed:
     outside: list[tuple[int, int]]
     right: list[tuple[int, int]]
     same_model: bool
+    other_draws: str = ""
 
     @property
     def holds(self) -> bool:
@@ -46,14 +49,16 @@ def replay(record: Record, model: nn.Module) -> Replayed:
     """Look at every stored adversarial example again, in the recorded batch shape.
 
     A point that broke a random model is asked on the very draws that confirmed it in the run (``mohs.evaluation.confirm``), and
-    has to be answered wrongly as often as it had to be then.
+    has to be answered wrongly as often as it had to be then. The very same draws are had only on the same type of device and with
+    the same version of torch, as the generators of others give other numbers; elsewhere ``Replayed.other_draws`` says so.
 
     Args:
         record: of a finished or interrupted run; its rows are first compared with their digest if it is finished.
         model: the model under test, in eval mode; another one answers whether the examples transfer to it.
 
     Returns:
-        What was confirmed and what was not. Cost: one forward per stored example, or as many as confirmed it.
+        What was confirmed and what was not. Cost: one forward per stored example, or as many as confirmed it (see
+        ``mohs.evaluation.confirm``).
 
     Raises:
         RecordError: the rows were changed after the run, or hold points without their clean inputs.
@@ -90,7 +95,22 @@ def replay(record: Record, model: nn.Module) -> Replayed:
             confirmed += int((inside & met).sum())
             outside += [(attack, int(i)) for i in ids[(~inside).cpu().numpy()]]
             right += [(attack, int(i)) for i in ids[(~met).cpu().numpy()]]
-    return Replayed(points, confirmed, outside, right, weights_hash(model) == record.header.subject.weights_sha256)
+    same, other = weights_hash(model) == record.header.subject.weights_sha256, _other_draws(record, threat, device)
+    return Replayed(points, confirmed, outside, right, same, other)
+
+
+def _other_draws(record: Record, threat: Threat, device: torch.device) -> str:
+    """Why the draws of a random model cannot be those of the run; '' if they can."""
+    then = record.header.environment
+    made = then.torch.split("+")[0], then.device.split(":")[0]
+    here = torch.__version__.split("+")[0], device.type
+    if not threat.draws or made == here:
+        return ""
+    return (
+        f"The run drew with torch {made[0] or 'of an unknown version'} on {made[1] or 'an unknown device'}, this replay with torch "
+        f"{here[0]} on {here[1]}, which gives other random numbers: a point that is wrong in little more than half of the draws may "
+        "be answered rightly here though nothing was changed. Replay where the run was made to get its draws."
+    )
 
 
 def wrong(model: nn.Module, x: Tensor, y: Tensor, batch: int, seed: int, reject: int | None = None) -> Tensor:
