@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 
 import mohs
 from mohs import defenses
-from mohs.evaluation import _inner, _student
+from mohs.attacks import PGD
+from mohs.evaluation import _afterwards, _inner, _student
 from mohs.evaluation._stages import Evaluation
-from mohs.evaluation.checks import AFTERWARDS
+from mohs.evaluation.checks import AFTERWARDS, _review
+from mohs.evaluation.checks._review import Review
+from mohs.evaluation.checks._seen import Seen, ok
 from mohs.evaluation.plans import Plan, PlanStep
 from mohs.records import Record
 from mohs.threat import Access, Threat
@@ -192,11 +196,59 @@ def test_luck_is_found_by_further_restarts() -> None:
     assert found(once)["restarts"] == "warn"
     more = mohs.evaluate(Ripples().eval(), (x, y), "linf:0.1", plan=plan, control=12)
     assert more.robust_accuracy < once.robust_accuracy - 0.2
+    assert any("because of: restarts" in step.note for step in more.header.plan.steps)
+    if found(more)["restarts"] != "warn":  # calm only where luck has nothing left to find
+        left = torch.from_numpy(more.survived)
+        (step,) = plan.steps
+        attack = step.build_for(Threat.parse("linf:0.1"))
+        again = mohs.attack(attack, Ripples().eval(), x[left], y[left], "linf:0.1", restarts=20, seed=77)
+        assert int(again.success.sum()) <= 0.1 * N
+        assert "further restarts" in next(f.means for f in more.header.checks if f.id == "restarts")
+
+
+def test_only_what_answers_a_check_calms_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    loud = Seen("warn", "first")
+    checks = {id_: ("name", lambda review: ok("second") if review.thorough else loud) for id_ in AFTERWARDS}
+    monkeypatch.setattr(_afterwards, "AFTERWARDS", checks)
+    monkeypatch.setattr(_afterwards, "SUSPICIONS", ())
+    monkeypatch.setattr(
+        _afterwards._Ladder, "more", lambda self, id_, times: ran.append(id_) or self.run.steps.append(None)
+    )
+    monkeypatch.setattr(_afterwards._Ladder, "sound", lambda self, id_: ran.append(id_) or id_)
+    monkeypatch.setattr(
+        _afterwards, "Review", lambda run, upto, thorough=False: SimpleNamespace(thorough=thorough, closed="")
+    )
+    monkeypatch.setattr(_afterwards, "_finding", lambda id_, name, seen, done: (id_, seen))
+    plan = SimpleNamespace(steps=[])
+    run = SimpleNamespace(
+        planned=0, steps=[], notify=lambda *a: None, settings=SimpleNamespace(adaptive="declared"),
+        run=SimpleNamespace(header=SimpleNamespace(plan=SimpleNamespace(steps=[], model_copy=lambda update: plan))),
+    )  # fmt: skip
+    seen = dict(_afterwards.review(run))
+    assert ran == ["optimisation", "restarts", "step-size"]
+    assert [seen[id_].severity for id_ in ran] == ["info"] * 3
+    assert len({seen[id_].means for id_ in ran}) == 3
+
+
+def test_a_later_look_is_no_weaker_than_the_first() -> None:
+    first, later = object.__new__(Review), object.__new__(Review)
+    first.thorough, later.thorough = False, True
+    first.spent = later.spent = 0
+    assert first.afford(10, most=16) < later.afford(10, most=16) == 16
 
 
 def test_what_follows_the_plan_draws_other_starts_than_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: set[int] = set()
+    checked: set[int] = set()
     made = Evaluation.job
+
+    class Looked(_review.Job):
+        def __init__(self, *args: Any, seed: int, **settings: Any) -> None:
+            checked.add(seed)
+            super().__init__(*args, seed=seed, **settings)
+
+    monkeypatch.setattr(_review, "Job", Looked)
 
     def job(self: Evaluation, attack: Any, todo: Tensor, **settings: Any) -> Any:
         if "start" in settings:  # of a step, not of a check
@@ -207,6 +259,44 @@ def test_what_follows_the_plan_draws_other_starts_than_the_plan(monkeypatch: pyt
     x, y, plan = ripples()
     record = mohs.evaluate(Ripples().eval(), (x, y), "linf:0.1", plan=plan, control=12)
     assert len(seeds) == len(record.header.plan.steps) > 1
+    assert len(checked) > 1, "the checks try other starts too"
+    assert seeds & checked == {0}, "where a check looks at what the plan's attack does"
+    assert not (seeds | checked) & set(range(1, 1000)), "a user may take these for a run of its own"
+
+
+def test_a_check_confirms_on_draws_of_its_own_and_averages_as_the_plan_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            lead = x.flatten(1).sum(1) - 2 + 0.01 * torch.randn(len(x))
+            return torch.stack([torch.zeros_like(lead), lead], 1)
+
+    asked: list[dict[str, Any]] = []
+    averages: list[Any] = []
+
+    def confirm(model: nn.Module, x: Tensor, *args: Any, **settings: Any) -> Tensor:
+        asked.append(settings)
+        return torch.ones(len(x), dtype=torch.bool)
+
+    class Looked(_review.Job):
+        def __init__(self, *args: Any, average: Any, **settings: Any) -> None:
+            averages.append(average)
+            super().__init__(*args, average=average, **settings)
+
+    monkeypatch.setattr(_review, "confirm", confirm)
+    monkeypatch.setattr(_review, "Job", Looked)
+    x = torch.full((8, 1, 2, 2), 0.49)
+    review = object.__new__(Review)
+    review.threat, review.upto, review.passes = Threat(mohs.Linf(0.1), draws=20), 3, 0
+    review.run = SimpleNamespace(
+        guide=None, average=lambda index: 10 * index, settings=SimpleNamespace(reject=None), model=Noisy().eval(), x=x,
+        y=torch.zeros(8, dtype=torch.int64), threat=review.threat, seed=0, batch=8,
+    )  # fmt: skip
+    rows = torch.tensor([7, 2, 5])
+    for other in (0, 1):
+        assert review.tried(PGD(steps=2), rows, other=other).success.all()
+    assert averages == [30, 30]
+    assert [settings["ids"].tolist() for settings in asked] == [rows.tolist()] * 2
+    assert len({settings["seed"] for settings in asked} | {0}) == 3
 
 
 def test_the_model_without_a_declared_defense_is_attacked_too() -> None:

@@ -39,6 +39,12 @@ SUSPICIONS = ("one-step", "masking", "random-points", "unbounded", "transfer", "
 """Checks that say: the gradients of the plan hide something."""
 NOT_ENOUGH = {"optimisation": "steps", "restarts": "restarts"}
 """Checks that say: more of the same would find more."""
+ANSWERED = {
+    "optimisation": "The plan's attacks had not come to their end; beyond the further steps that were given, more of them add nothing.",
+    "restarts": "Luck decided what the plan's attacks found; beyond the further restarts that were given, more of them break nothing.",
+    "step-size": "The plan's steps were of a bad size; an attack that sets its own was run, of which this is no longer seen.",
+}
+"""What it means that a check is calm after that was run which answers its own complaint. Nothing else calms these."""
 
 
 def review(run: Evaluation) -> list[Finding]:
@@ -58,11 +64,10 @@ def review(run: Evaluation) -> list[Finding]:
         ladder = _Ladder(run, looked)
         for id_ in NOT_ENOUGH:
             for times in range(1, DOUBLINGS + 1):
-                _again(run, id_, seen, planned)
                 if seen[id_].severity != "warn":
                     break
                 done.setdefault(id_, []).append(ladder.more(id_, times))
-            _again(run, id_, seen, planned)
+                _again(run, id_, seen, planned)
         if seen["step-size"].severity == "warn":
             done["step-size"] = [ladder.sound("step-size")]
             _again(run, "step-size", seen, planned)
@@ -105,7 +110,8 @@ def _looked(function: Callable[[Review], Seen], looked: Review) -> Seen:
 
 
 def _again(run: Evaluation, id_: str, seen: dict[str, Seen], planned: int) -> None:
-    """A loud check looks again once something was run after the plan."""
+    """A loud check looks again once that was run which answers it. This look takes as many rows as any may: where the first one
+    was loud on a few, that a second one is calm on a few others would be no news."""
     before = seen[id_]
     if len(run.steps) == planned or before.severity not in ("warn", "block"):
         return
@@ -116,14 +122,13 @@ def _again(run: Evaluation, id_: str, seen: dict[str, Seen], planned: int) -> No
     elif after.severity in ("warn", "block"):
         seen[id_] = replace(after, saw=saw)
     else:
-        seen[id_] = Seen(
-            "info", saw, "The plan's attacks had not come to their end; the further ones that were run have."
-        )
+        calm = "The plan's attacks fell short; with the further ones that were run, this is no longer seen."
+        seen[id_] = Seen("info", saw, ANSWERED.get(id_, calm))
 
 
 def _so_far(run: Evaluation, seen: dict[str, Seen]) -> Review:
     """The rows of all that has run, and what the checks saw."""
-    looked = Review(run, len(run.steps))
+    looked = Review(run, len(run.steps), thorough=True)
     looked.seen = seen
     return looked
 

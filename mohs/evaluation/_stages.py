@@ -256,9 +256,7 @@ class Evaluation:
 
                 def make(todo: Tensor, batch: int = batch, later: bool = later) -> Job:
                     start = self._start(step, todo, alive, later)
-                    # what is added after the plan shall not begin where the plan's own restarts did
-                    seed = self.seed + max(0, index + 1 - self.planned)
-                    more = {"start": start, "batch": batch, "average": self.average(index), "seed": seed}
+                    more = {"start": start, "batch": batch, "average": self.average(index), "seed": self.seed_of(index)}
                     return self.job(attack, todo, **self.settings_of(step), **more)
 
                 self._run(index, f"{name}, from {block.start}, portion {number + 1}", name, todo, portion, make, alive)
@@ -349,6 +347,11 @@ class Evaluation:
         """What a job is told of a step of the plan."""
         rank = by_distance if step.rank == "distance" else by_logit
         return {"restarts": step.restarts, "aims": _header.aims(step, self.classes), "rank": rank}
+
+    def seed_of(self, index: int) -> int:
+        """Of a step: what is added after the plan shall not begin where the plan's own restarts did, nor where a check or the
+        plan under another seed does."""
+        return self.seed if index < self.planned else streams.text_key(f"{self.seed} after {index}") % (1 << 62)
 
     def average(self, index: int) -> int | None:
         """Evaluations of a random model per look in an attack: those who survive the first get no fewer than usual.

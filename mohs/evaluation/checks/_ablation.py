@@ -41,7 +41,7 @@ def transfer(review: Review) -> Seen:
         return ok("there are no survivors")
     new = int(review.tried(attack, rows, guide=inner).success.sum())
     saw = f"points found on the model without {names} break {new} of the {len(rows)} survivors nearest to breaking"
-    if seen := excused(review, saw, new, len(rows)):
+    if seen := excused(saw, new, len(rows)):
         return seen
     return Seen(
         "warn", saw,

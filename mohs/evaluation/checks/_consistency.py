@@ -5,7 +5,7 @@ from __future__ import annotations
 from mohs.attacks.run import refused_norm
 from mohs.evaluation._random_points import RandomPoints
 from mohs.evaluation.checks._obstacles import closed, scoreless, uncertain, unless, unsighted
-from mohs.evaluation.checks._review import FEW, LUCK, Review, by_scores
+from mohs.evaluation.checks._review import FEW, Review, by_scores
 from mohs.evaluation.checks._seen import Seen, ok, untested
 
 MASKED = 0.02
@@ -34,8 +34,6 @@ def masking(review: Review) -> Seen:
     saw = f"{what} ({new / n:.1%}, threshold {MASKED:.0%})"
     if not new:
         return ok(saw)
-    if review.lucky(new, n):
-        return Seen("info", saw, LUCK)
     if new < 2 or new <= MASKED * n:
         return Seen("info", saw, FEW)
     return Seen(

@@ -91,7 +91,7 @@ def one_step(review: Review) -> Seen:
     found = review.tried(FGSM(), rows)
     new = int(found.success.sum())
     saw = f"a single step along the gradient breaks {new} of {len(rows)} examples that no iterative attack with gradients broke"
-    if seen := excused(review, saw, new, len(rows)):
+    if seen := excused(saw, new, len(rows)):
         return seen
     return Seen(
         "warn", saw,

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mohs import streams
 from mohs.attacks import Job, Outcome, PatchSearch, Square
 from mohs.attacks._batches import fitting_batch
 from mohs.evaluation._inner import undefended
@@ -32,9 +33,6 @@ SHARE = 0.01
 """Of the passes that the plan took, about so much goes into each look of these checks, beyond the fewest rows that say anything."""
 LEAST, MOST = 6, 32
 """Rows of such a look."""
-LUCK = "Of a random model that few may be luck: survivors are also those for whom a first success was not confirmed."
-
-
 NEWLY, LEVEL = 0.002, 0.01
 """Lesser attacks may break such a share of what better ones left; more counts where an exact test at this level says so."""
 FEW = "A few are to be expected: each attack finds some that others miss."
@@ -55,12 +53,10 @@ def by_scores(threat: Threat, steps: int) -> Square | PatchSearch:
     return PatchSearch(steps=steps) if isinstance(threat.region, Patch) else Square(steps=steps)
 
 
-def excused(review: Review, saw: str, new: int, of: int) -> Seen | None:
+def excused(saw: str, new: int, of: int) -> Seen | None:
     """What to say where a lesser attack broke ``new`` of ``of`` survivors, and that is no suspicion; None where it is one."""
     if not new:
         return ok(saw)
-    if review.lucky(new, of):
-        return Seen("info", saw, LUCK)
     return None if surprising(new, of) else Seen("info", saw, FEW)
 
 
@@ -74,8 +70,9 @@ class Review:
     ``passes``: forwards and backwards of the attacks that were tried so far. ``seen``: what the checks before this one saw, by id.
     """
 
-    def __init__(self, run: Evaluation, upto: int) -> None:
+    def __init__(self, run: Evaluation, upto: int, thorough: bool = False) -> None:
         self.run, self.upto, self.threat = run, upto, run.threat
+        self.thorough = thorough
         self.record = run.run.record()
         self.attacks = [a for a in self.record.attacks if a < upto]
         self.steps = run.steps[:upto]
@@ -139,7 +136,9 @@ class Review:
         return int(sum(r.forwards.sum() + r.backwards.sum() for r in rows))
 
     def afford(self, passes: int, least: int = LEAST, most: int = MOST) -> int:
-        """How many rows a look of so many passes per row may take."""
+        """How many rows a look of so many passes per row may take; a thorough one takes all that any look may."""
+        if self.thorough:
+            return most
         return int(np.clip(SHARE * self.spent / max(passes, 1), least, most))
 
     # ---- a little more ----------------------------------------------------------------------------------
@@ -154,11 +153,6 @@ class Review:
         if any(isinstance(m, BlackBox) for m in self.run.model.modules()):
             return "each look at this model has its price"
         return "" if self.attacks else "no attack ran"
-
-    def lucky(self, new: int, of: int) -> bool:
-        """May luck alone explain so many new breaks? Of a random model, an attack ends at the first point that wins, and where
-        that is not confirmed on fresh draws, the example counts as a survivor, though another point may well win."""
-        return self.threat.draws > 0 and (new < 3 or new <= 0.1 * of)
 
     @cached_property
     def strongest(self) -> tuple[int, Any] | None:
@@ -197,15 +191,16 @@ class Review:
         )
 
     def tried(self, attack: Any, rows: Tensor, *, other: int = 0, **settings: Any) -> Outcome:
-        """One attack on the examples ``rows``, with the gradients that the plan has; ``other``: on other random streams."""
+        """One attack on the examples ``rows``, with the gradients that the plan has for its last step and at least as many draws;
+        ``other``: on other random streams."""
         run = self.run
         settings = {
-            "guide": run.guide, "average": run.choice.tactic.average, "reject": run.settings.reject, **settings
+            "guide": run.guide, "average": run.average(self.upto), "reject": run.settings.reject, **settings
         }  # fmt: skip
         count = len(rows) * settings.get("restarts", 1)
         model = settings.pop("model", run.model)
         job = Job(
-            attack, model, run.x[rows], run.y[rows], run.threat, seed=run.seed + other,
+            attack, model, run.x[rows], run.y[rows], run.threat, seed=self._seed(other),
             batch=fitting_batch(count, run.batch, run.x.device.type == "cpu"), **settings,
         )  # fmt: skip
         for _ in job.run():
@@ -214,11 +209,24 @@ class Review:
         found = job.outcome()
         if self.threat.draws and model is run.model:  # of many looks at a random model some win by luck
             won = found.success.nonzero().squeeze(1)
+            # draws of its own: not those that confirmed or refuted what an attack of the run found at these examples
+            fresh = streams.text_key(f"{run.seed} check {self.upto} {other} {attack!r}") % (1 << 62)
             stand = confirm(
-                model, found.x[won], run.y[rows][won], self.threat, seed=run.seed, reject=run.settings.reject
+                model,
+                found.x[won],
+                run.y[rows][won],
+                self.threat,
+                seed=fresh,
+                reject=run.settings.reject,
+                ids=rows[won],
             )
             found = replace(found, success=found.success.index_put((won,), stand))
         return found
+
+    def _seed(self, other: int) -> int:
+        """Of a check's attack: the plan's, so that only what is looked at differs; or one that no step of a run has, nor an earlier
+        look of the same check."""
+        return streams.text_key(f"{self.run.seed} check {self.upto} {other}") % (1 << 62) if other else self.run.seed
 
 
 def fools(model: nn.Module, x: Tensor, y: Tensor, draws: int, seed: int, reject: int | None, batch: int = 64) -> Tensor:
