@@ -44,9 +44,9 @@ def answers_only(review: Review) -> Seen:
     new, n = int(found.success.sum()), len(rows)
     saw = (
         f"{SEARCH.steps} queries of HopSkipJump, by the answers alone, break {new} of the {n} survivors nearest to breaking "
-        f"(threshold: one; asked because of {', '.join(loud)})"
+        f"(asked because of {', '.join(loud)})"
     )
-    return excused(review, saw, new, n) or Seen(
+    return excused(saw, new, n) or Seen(
         "warn", saw,
         "Who sees the answer alone should find far less than who sees gradients. Where that is not so, gradients and scores hide "
         "the way, and what survived them says little.",
