@@ -42,12 +42,21 @@ Measured on 500 images with the plan 'standard' (percent; clean, naive, hand-mad
     gradient-noise               90.2   45.2    1.0    0.2    0.2
     gradient-truncation          90.2   88.8    1.0    0.2    0.2
     robust net, jpeg:75          85.2   85.2   71.8   67.4   67.4
-    lid                          84.2   48.0   52.4    0.6    0.6
-    bit-depth:4, lid             84.0   83.2   49.8    0.2    0.2
+    lid                          86.2   28.8   41.2    0.6    0.6
+    bit-depth:4, lid             86.6   85.4   36.8    0.0    0.0
+    majority-vote of 3           88.0   88.0   10.6    9.2    9.2
+    mean-logits of 3             89.8    9.4    9.4    7.6    7.6
+    mean-probabilities of 3      89.4   10.4   10.4    8.8    8.8
+    reject-disagreement of 3     78.2   32.8   38.4   18.6   18.6
+    random-resize-pad            81.4    5.6    3.0    1.8    1.8
+    noise-input:0.1              88.2    2.0    2.0    1.8    1.8
+    noise-input:0.1,bit-depth:3  88.0   87.2    2.0    1.8    1.8
     thermometer:16               83.2   83.2    3.2    3.0    4.6
     defensive-perturbation       87.8   12.4   12.8    7.0    7.0
     no defense, patch            90.2   62.8   15.2   12.2   12.2
     local-gradients-smoothing    79.8   57.4    9.6    4.4    4.4
+      with :2.3:0.2:5:2          80.6   57.8   11.8    8.6    8.6
+    digital-watermarking         83.2   83.2    6.8    3.2    3.8
 
 A random defense is broken at an example, in every column, where the point that was found is confirmed on 100 fresh draws
 (``mohs.evaluation.confirm``). Rows that are not listed have not been measured on as many images.

@@ -38,7 +38,6 @@ def review(wins: dict[int, list[int]] | None = None, steps: list[Any] | None = N
         "won": won, "steps": steps, "attacks": list(range(len(steps))), "control": np.arange(N), "blind": blind,
         "sighted": [a for a in range(len(steps)) if a not in blind], "alive": ~won(list(wins)), "closed": "",
         "threat": Threat.parse("linf:0.1"), "strongest": None,
-        "lucky": lambda new, of: False,
         "run": SimpleNamespace(model=net, x=x, y=net(x).argmax(1), batch=8, seed=0, classes=4, settings=SimpleNamespace(reject=None)),
     }  # fmt: skip
     return SimpleNamespace(**settings | more)

@@ -45,12 +45,12 @@ def test_a_stand_in_without_the_rejection_is_attacked_without_it(right: bool) ->
     run = SimpleNamespace(
         guide=net if right else relu_net((1, 4, 4), seed=8), model=Rejecting(net), x=x, y=y, seed=0, batch=24,
         threat=mohs.Threat.parse("linf:0.1"), settings=SimpleNamespace(reject=4),
-        choice=SimpleNamespace(tactic=SimpleNamespace(average=1)),
+        average=lambda index: 1,
     )  # fmt: skip
     review = Review.__new__(Review)
     record = SimpleNamespace(n=24, correct=np.ones(24, bool))
     vars(review).update(run=run, threat=run.threat, record=record, passes=0, spent=10**6, best=-np.ones(24))
-    vars(review).update(closed="", strongest=(0, PGD(steps=10)))
+    vars(review).update(closed="", strongest=(0, PGD(steps=10)), thorough=False, upto=1)
     seen = _aimed.stand_in(review)
     assert "points that fool" in seen.saw, seen
     assert seen.severity == ("ok" if right else "warn")
@@ -68,7 +68,7 @@ def test_answers_alone_are_held_against_the_threshold_of_all_lesser_attacks(new:
     )
     review: Any = SimpleNamespace(
         closed="", threat=mohs.Threat.parse("linf:0.1"), sighted=[0], attacks=[0], seen=loud, record=record, run=run,
-        won=lambda attacks: np.zeros(of, bool), near=lambda count, among: torch.arange(of), lucky=lambda new, of: False,
+        won=lambda attacks: np.zeros(of, bool), near=lambda count, among: torch.arange(of),
         tried=lambda attack, rows, **settings: SimpleNamespace(success=success),
     )  # fmt: skip
     assert _answers.answers_only(review).severity == severity
