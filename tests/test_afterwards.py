@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import mohs
 from mohs import defenses
 from mohs.attacks import PGD
-from mohs.evaluation import _afterwards, _inner, _student
+from mohs.evaluation import _afterwards, _inner, _student, tactics
 from mohs.evaluation._stages import Evaluation
 from mohs.evaluation.checks import AFTERWARDS, _review
 from mohs.evaluation.checks._review import Review
@@ -223,6 +223,7 @@ def test_only_what_answers_a_check_calms_it(monkeypatch: pytest.MonkeyPatch) -> 
     plan = SimpleNamespace(steps=[])
     run = SimpleNamespace(
         planned=0, steps=[], notify=lambda *a: None, settings=SimpleNamespace(adaptive="declared"),
+        choice=tactics.Choice(tactics.PLAIN),
         run=SimpleNamespace(header=SimpleNamespace(plan=SimpleNamespace(steps=[], model_copy=lambda update: plan))),
     )  # fmt: skip
     seen = dict(_afterwards.review(run))

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import mohs
 from mohs import defenses
 from mohs.defenses._backward import changed
-from mohs.evaluation import tactics
+from mohs.evaluation import _stages, tactics
 from mohs.evaluation.checks import Probe, examine
 from mohs.evaluation.plans import Plan, PlanStep
+from mohs.gradients import Smooth
 from mohs.threat import Threat
 
 Build = Callable[[nn.Module], nn.Module]
@@ -204,3 +205,66 @@ def test_a_guide_that_cannot_run_says_why(data: mohs.data.Dataset) -> None:
 def test_an_unknown_way_to_adapt_is_refused(value: object, data: mohs.data.Dataset) -> None:
     with pytest.raises(mohs.errors.UsageError, match="'declared', 'blind' or 'off'"):
         mohs.evaluate(small(), data, "linf:0.1", adaptive=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("first", "dear", "longer", "guides", "deeper"),
+    [
+        (15, 1, 0, "cheap", False),  # adds next to nothing
+        (15, 3, 5, "cheap", False),  # as many passes of the cheap one add clearly more
+        (15, 3, 2, "cheap", True),  # adds something that steps do not, on a few
+        (15, 17, 16, "cheap", True),  # not clearly more than the same passes of the cheap one
+        (4, 9, 5, "dear", False),  # adds more than the cheap one broke
+        (0, 12, 0, "dear", False),
+    ],
+)
+def test_a_dear_tactic_is_held_against_steps_for_the_same_price(
+    first: int, dear: int, longer: int, guides: str, deeper: bool
+) -> None:
+    cheap, costly = tactics.Tactic("cheap"), tactics.Tactic("dear", lambda model: model, 1)
+    left = tuple(range(first, 32))
+    best = tactics.Trial(cheap, first, 32, 0.0, 900, left=left, each=30.0)
+    asked: list[tuple[str, tuple[int, ...], int]] = []
+
+    def tried(tactic: tactics.Tactic, after: tactics.Trial, steps: int = tactics.STEPS) -> tactics.Trial:
+        asked.append((tactic.name, after.left, steps))
+        won, each = (dear, 270.0) if tactic is costly else (longer, 270.0)
+        return tactics.Trial(tactic, won, len(left), 0.0, 0, left=left[won:], each=each, after=after.tactic.name)
+
+    chosen, kept = tactics._dearer(costly, best, tried)
+    assert chosen.tactic.name == guides
+    assert (kept is costly) == deeper
+    assert asked[0] == ("dear", left, tactics.STEPS)
+    assert asked[1:] == ([] if dear < tactics.CLEARLY else [("cheap, 135 steps", left, 135)])  # 9 times the price
+
+
+def test_what_was_too_dear_for_the_plan_is_tried_on_its_survivors(
+    data: mohs.data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = defenses.BitDepth(3)(mohs.models.load("bundled:fashion-pgd")).eval()
+    honest, dear = tactics.Tactic("honest", defenses.Honest), tactics.Tactic("smooth", lambda m: Smooth(m, 0.05, 2), 1)
+    trials = (
+        tactics.Trial(tactics.PLAIN, 0, 8, 0.0, 1), tactics.Trial(honest, 5, 8, 0.0, 1),
+        tactics.Trial(dear, 2, 3, 0.0, 1, after="honest"),
+    )  # fmt: skip
+    monkeypatch.setattr(tactics, "choose", lambda *a, **k: tactics.Choice(honest, trials, dear))
+    guides: list[str] = []
+    job = _stages.Job
+
+    def watched(*args: object, **settings: object) -> object:
+        guides.append(type(settings["guide"]).__name__)
+        return job(*args, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_stages, "Job", watched)
+    record = mohs.evaluate(model, data.take(24), "linf:0.1", plan=plan(), control=0)
+    steps = record.header.plan.steps
+    assert [s.note for s in steps[:2]] == ["", "added after the plan because of: dearer gradients"]
+    assert steps[1].config.endswith(", gradients smooth")
+    assert guides.index("Smooth") > guides.index("Honest")
+    assert guides[0] == "Honest"
+    assert [(t.chosen, t.deeper, t.after) for t in record.header.tactics][1:] == [
+        (True, False, ""),
+        (False, True, "honest"),
+    ]
+    text = mohs.reports.text(record)
+    assert "Dearer ones, smooth, broke 2 of the 3 that were left" in text

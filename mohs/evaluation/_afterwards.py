@@ -62,6 +62,8 @@ def review(run: Evaluation) -> list[Finding]:
     done: dict[str, list[str]] = {}
     if run.settings.adaptive != "off" and not looked.closed:
         ladder = _Ladder(run, looked)
+        if run.choice.deeper is not None:
+            ladder.deeper(run.choice.deeper)
         for id_ in NOT_ENOUGH:
             for times in range(1, DOUBLINGS + 1):
                 if seen[id_].severity != "warn":
@@ -162,6 +164,15 @@ class _Ladder:
     def sound(self, reason: str) -> str:
         """An attack whose steps set themselves."""
         return self._rung(_sound(self.run), reason, share=SHARE)
+
+    def deeper(self, tactic: tactics.Tactic) -> str:
+        """With gradients that were too dear for the whole plan."""
+        run, kept = self.run, (self.run.choice, self.run.guide)
+        run.choice, run.guide = tactics.Choice(tactic), tactic.guide(run.model)
+        try:
+            return self._rung(_sound(run), "dearer gradients", share=SHARE, note=f", gradients {tactic.name}")
+        finally:
+            run.choice, run.guide = kept
 
     def suspicion(self, loud: list[str]) -> list[str]:
         """Other gradients, then none, then those of other nets."""

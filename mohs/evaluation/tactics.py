@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -59,7 +59,11 @@ PLAIN = Tactic("gradients as they are")
 
 @dataclass(frozen=True)
 class Trial:
-    """What a tactic broke of the ``n`` examples it was tried on, the mean margin that was left, and the passes it took."""
+    """What a tactic broke of the ``n`` examples it was tried on, the mean margin that was left, and the passes it took.
+
+    ``left`` are the examples it did not break, ``each`` what it spent on each of them; ``after`` names the tactic whose ``left``
+    it was tried on (empty: on all).
+    """
 
     tactic: Tactic
     broken: int
@@ -67,6 +71,9 @@ class Trial:
     margin: float
     passes: int
     error: str = ""
+    left: tuple[int, ...] = ()
+    each: float = 0.0
+    after: str = ""
 
     @property
     def rank(self) -> tuple[int, float]:
@@ -76,10 +83,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """The tactic that guides the plan, and every trial that led to it (none: nothing was suspect)."""
+    """The tactic that guides the plan, and every trial that led to it (none: nothing was suspect).
+
+    ``deeper``: dearer gradients, worth their price only on the examples that the plan does not break.
+    """
 
     tactic: Tactic
     trials: tuple[Trial, ...] = ()
+    deeper: Tactic | None = None
 
 
 def choose(
@@ -97,7 +108,8 @@ def choose(
         suspicious: something else makes the model suspect, so that its gradients are not to be trusted whatever they promise.
 
     Cost: nothing where nothing is suspect; else about 30 passes for each of 32 examples and each tactic, of which there are
-    two to eight, and some hundred passes of finite differences where nothing else helps.
+    two to eight; where none of them breaks nine tenths, some hundred passes more for each example that is left: gradients
+    averaged over noise, finite differences where nothing else helps, and as many of the best so far beside them.
     """
     said = defenses.declared(probe.model) if believe else None
     suspect = {f.id for f in findings if f.severity in ("warn", "block")} & {
@@ -112,28 +124,52 @@ def choose(
     x, y = probe.x[right], probe.y[right]
     average = draws_needed(probe, None if said is None else said.guide)[0] if probe.random else None
 
-    def tried(tactic: Tactic) -> Trial:
-        return trial(tactic, probe.model, x, y, threat, seed, batch, probe.reject)
+    def tried(tactic: Tactic, after: Trial | None = None, steps: int = STEPS) -> Trial:
+        rows = range(len(x)) if after is None else after.left
+        at = torch.tensor(rows, dtype=torch.int64, device=x.device)
+        found = trial(tactic, probe.model, x[at], y[at], threat, seed, batch, probe.reject, steps)
+        found = replace(
+            found, left=tuple(rows[i] for i in found.left), after="" if after is None else after.tactic.name
+        )
+        trials.append(found)
+        return found
 
-    trials = [tried(PLAIN if average is None else Tactic("gradients as they are", None, 1))]
+    trials: list[Trial] = []
+    tried(PLAIN if average is None else Tactic("gradients as they are", None, 1))
     try:
         for tactic in _candidates(probe, suspect, said, average):  # one by one: what is not needed is not made
-            trials.append(tried(tactic))
-            if trials[-1].broken >= ENOUGH * len(x):
+            if tried(tactic).broken >= ENOUGH * len(x):
                 break
     except FAILURES as error:
-        trials.append(Trial(Tactic("layer by layer"), 0, len(x), -math.inf, 0, str(error).split(". ")[0]))
-    best = _best(trials)
+        trials.append(
+            Trial(Tactic("layer by layer"), 0, len(x), -math.inf, 0, str(error).split(". ")[0], tuple(range(len(x))))
+        )
+    best, deeper = _best(trials), None
+    nothing = min(trials[0].broken + CLEARLY, len(x) // 2)
     if suspect and best.broken < ENOUGH * len(x):
         sigma = spread(threat, x)
-        trials.append(tried(Tactic(_joined(best.tactic, "smoothed"), _smoothed(best.tactic, sigma), 1)))
-        best = _best(trials)
-    if suspect and best.broken < min(trials[0].broken + CLEARLY, len(x) // 2):
-        trials.append(
-            tried(Tactic("finite differences", partial(FiniteDifference, sigma=spread(threat, x), draws=24), 1))
-        )
-        best = _best(trials)
-    return Choice(best.tactic, tuple(trials))
+        best, deeper = _dearer(Tactic(_joined(best.tactic, "smoothed"), _smoothed(best.tactic, sigma), 1), best, tried)
+        if deeper is None and not best.after and best.broken < nothing:
+            around = partial(FiniteDifference, sigma=sigma, draws=24)
+            best, deeper = _dearer(Tactic("finite differences", around, 1), best, tried)
+    return Choice(best.tactic, tuple(trials), deeper)
+
+
+def _dearer(tactic: Tactic, best: Trial, tried: Callable[..., Trial]) -> tuple[Trial, Tactic | None]:
+    """Is the tactic worth its price? It is tried on what the best one leaves, beside the best one with steps for the same price.
+
+    One that adds more than the best one broke, and clearly more than the further steps, guides the plan. One that adds less is
+    kept for those whom the plan does not break, unless the further steps add clearly more than it does.
+    """
+    deep, longer = tried(tactic, best), 0
+    if deep.broken < CLEARLY:
+        return best, None
+    if not best.error:
+        steps = max(round(STEPS * deep.each / max(best.each, 1)), STEPS)
+        longer = tried(replace(best.tactic, name=f"{best.tactic.name}, {steps} steps"), best, steps).broken
+    if deep.broken > best.broken and deep.broken >= longer + CLEARLY:
+        return deep, None
+    return best, None if longer >= deep.broken + CLEARLY else tactic
 
 
 def _candidates(
@@ -169,37 +205,25 @@ def _candidates(
 
 
 def trial(
-    tactic: Tactic,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threat: Threat,
-    seed: int,
-    batch: int,
-    reject: int | None = None,
-) -> Trial:
+    tactic: Tactic, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, batch: int, reject: int | None = None,
+    steps: int = STEPS,
+) -> Trial:  # fmt: skip
     """One short attack with the tactic's gradients on the examples; a tactic that cannot run says why."""
-    one: Attack = APGD(steps=STEPS)
+    one: Attack = APGD(steps=steps)
     if isinstance(threat.region, L0 | Patch):
-        one = SPGD(steps=STEPS) if isinstance(threat.region, L0) else LaVAN(steps=2 * STEPS, windows=5)
+        one = SPGD(steps=steps) if isinstance(threat.region, L0) else LaVAN(steps=2 * steps, windows=5)
+    everyone = tuple(range(len(x)))
     try:
         out = attack(
-            one,
-            model,
-            x,
-            y,
-            threat,
-            guide=tactic.guide(model),
-            average=tactic.average,
-            reject=reject,
-            seed=seed,
+            one, model, x, y, threat, guide=tactic.guide(model), average=tactic.average, reject=reject, seed=seed,
             batch=min(batch, len(x)),
-        )
+        )  # fmt: skip
     except FAILURES as error:
-        return Trial(tactic, 0, len(x), -math.inf, 0, str(error).split(". ")[0])
+        return Trial(tactic, 0, len(x), -math.inf, 0, str(error).split(". ")[0], everyone)
+    passes, left = out.forwards + out.backwards, ~out.success
     return Trial(
-        tactic, int(out.success.sum()), len(x), float(out.margin.clamp(min=-1e30).mean()),
-        int((out.forwards + out.backwards).sum()),
+        tactic, int(out.success.sum()), len(x), float(out.margin.clamp(min=-1e30).mean()), int(passes.sum()),
+        left=tuple(left.nonzero().flatten().tolist()), each=float((passes[left] if bool(left.any()) else passes).double().mean()),
     )  # fmt: skip
 
 
@@ -254,15 +278,20 @@ def remedied(findings: Sequence[records.Finding], choice: Choice) -> list[record
         return list(findings)
     first, chosen = choice.trials[0], next(t for t in choice.trials if t.tactic is choice.tactic)
     if chosen is first:
+        others = sum(t.tactic not in (choice.tactic, choice.deeper) for t in choice.trials)
         done = (
-            f"Tried: {len(choice.trials) - 1} other ways to get gradients; none broke clearly more than the {first.broken} of "
-            f"{first.n} examples that the gradients as they are broke."
+            f"Tried: {others} other ways to get gradients; none was worth more than the gradients as they are, which broke "
+            f"{first.broken} of {first.n} examples."
         )
     else:
+        left = f"the {chosen.n} examples left by gradients {chosen.after}" if chosen.after else f"{chosen.n} examples"
         done = (
-            f"Done: all attacks take their gradients {chosen.tactic.name}. That broke {chosen.broken} of {chosen.n} examples; "
-            f"as they are, {first.broken}."
+            f"Done: all attacks take their gradients {chosen.tactic.name}. That broke {chosen.broken} of {left}; as they are, "
+            f"{first.broken} of {first.n}."
         )
+    if choice.deeper is not None:
+        deep = next(t for t in choice.trials if t.tactic is choice.deeper)
+        done += f" Gradients {deep.tactic.name}, which broke {deep.broken} of the {deep.n} left, guide one more attack on the survivors."
     works = chosen is not first
     mended = []
     for finding in findings:
@@ -278,7 +307,7 @@ def noted(choice: Choice) -> list[records.Tactic]:
     return [
         records.Tactic(
             name=t.tactic.name, against=t.tactic.against, broken=t.broken, n=t.n, passes=t.passes,
-            chosen=t.tactic is choice.tactic, error=t.error,
+            chosen=t.tactic is choice.tactic, deeper=t.tactic is choice.deeper, after=t.after, error=t.error,
         )
         for t in choice.trials
     ]  # fmt: skip

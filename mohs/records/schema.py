@@ -140,6 +140,10 @@ class Tactic(_Part):
     n: int = Field(ge=0, description="examples it was tried on")
     passes: int = Field(default=0, ge=0)
     chosen: bool = Field(default=False, description="did it guide the attacks?")
+    deeper: bool = Field(
+        default=False, description="did it guide a further attack on the survivors, its price being high?"
+    )
+    after: str = Field(default="", description="the one whose unbroken examples it was tried on; empty: on all")
     error: str = Field(default="", description="why it could not run")
 
 

@@ -171,18 +171,27 @@ def tactics(header: Header) -> str:
     if chosen is None:
         return ""
     first = header.tactics[0]
+    deeper = next((t for t in header.tactics if t.deeper), None)
+    more = (
+        ""
+        if deeper is None
+        else f" Dearer ones, {deeper.name}, broke {deeper.broken} of the {deeper.n} that were left, and guided one more attack on the "
+        "survivors."
+    )
     if chosen == first:
+        others = sum(not t.chosen and not t.deeper for t in header.tactics)
         return (
-            f"The model's gradients were suspect. Of {len(header.tactics) - 1} other ways to get them, tried with a short attack, "
-            f"none broke clearly more than the {first.broken} of {first.n} examples that they broke as they are."
+            f"The model's gradients were suspect. Of {others} other ways to get them, tried with a short attack, "
+            f"none was worth more than the gradients as they are, which broke {first.broken} of {first.n} examples.{more}"
         )
     late = any(
         step.note.startswith("added after the plan") and chosen.name in step.config for step in header.plan.steps
     )
     who = "The attacks that were added after the plan" if late else "All attacks"
+    left = f"the {chosen.n} examples that gradients {chosen.after} had left" if chosen.after else f"{chosen.n} examples"
     return (
         f"The model's gradients were suspect, so other ways to get them were tried with a short attack. {who} take them "
-        f"{chosen.name}: that broke {chosen.broken} of {chosen.n} examples, the gradients as they are {first.broken}."
+        f"{chosen.name}: that broke {chosen.broken} of {left}; the gradients as they are broke {first.broken} of {first.n}.{more}"
     )
 
 
