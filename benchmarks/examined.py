@@ -32,10 +32,10 @@ class Scaled(nn.Module):
         return self.model(x) * SCALE
 
 
-SUBJECTS: tuple[tuple[str, Any, bool, bool], ...] = (
+SUBJECTS: tuple[tuple[str, Any, bool, bool | None], ...] = (
     ("plan quick", "quick", False, True),
     ("plan standard", "standard", False, True),
-    ("PGD, 40 steps", PGD(steps=40), False, True),
+    ("PGD, 40 steps", PGD(steps=40), False, None),
     ("PGD, 5 steps", PGD(steps=5), False, False),
     ("PGD, 40 steps of eps / 200", PGD(steps=40, step_size=EPS / 200), False, False),
     (
@@ -44,9 +44,10 @@ SUBJECTS: tuple[tuple[str, Any, bool, bool], ...] = (
         True,
         False,
     ),
-    (f"PGD, 40 steps, margin, logits x {SCALE:g}", PGD(steps=40), True, True),
+    (f"PGD, 40 steps, margin, logits x {SCALE:g}", PGD(steps=40), True, None),
 )
-"""Name, attack, whether the logits are scaled, whether it ought to pass."""
+"""Name, attack, whether the logits are scaled, whether it ought to pass (None: an attack of middling strength, without restarts,
+stands for the scale between; it may pass on a natural net and fail on a robust one)."""
 
 
 def run(options: Options) -> Iterator[str]:
@@ -64,7 +65,8 @@ def run(options: Options) -> Iterator[str]:
             low, high = seen.interval
             rows.append([
                 label, f"{seen.found}/{seen.tested}", f"{low:.0%} to {high:.0%}", int(seen.lucky.sum()),
-                "passed" if seen.passed else "failed", "as it ought" if seen.passed == ought else "SURPRISING",
+                "passed" if seen.passed else "failed",
+                "" if ought is None else "as it ought" if seen.passed == ought else "SURPRISING",
             ])  # fmt: skip
         head = ["attack", "found", "95% interval", "by random looks", "exam", ""]
         options.keep("exam", [{"net": name, **dict(zip(head, row, strict=True))} for row in rows])
