@@ -89,8 +89,10 @@ def test_the_error_rates_of_all_looks_add_up() -> None:
 def test_ten_looks_break_what_is_broken_and_little_else(
     share: float, least: float, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    n = 4000
-    monkeypatch.setattr(confirmation, "SEATS", n)  # so that a pass holds all of them
+    n, random = 4000, np.random.default_rng(0)
+    monkeypatch.setattr(
+        confirmation, "fresh", lambda model, x, y, ids, looks, m, *_: torch.from_numpy(random.binomial(m, share, len(x)))
+    )
     x, y = moved(n)
     broken = torch.zeros(n, dtype=torch.bool)
     for look in range(1, 11):
@@ -111,6 +113,23 @@ def test_draws_belong_to_seed_example_and_look() -> None:
     for other in [*others, all_.roll(16)]:  # another look, another seed, another example in the same place
         assert abs(np.corrcoef(all_, other)[0, 1]) < 0.5
         assert not torch.equal(all_, other)
+
+
+class Together(nn.Module):
+    """Draws once for the whole batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        right = float(torch.rand(()) < 0.5)
+        return torch.tensor([right, 1 - right]).expand(len(x), 2)
+
+
+def test_examples_share_no_draw_of_a_model_that_draws_once_per_batch() -> None:
+    x, y = moved(400)
+    ids = torch.arange(400)
+    wrong = fresh(Together(), x, y, ids, torch.ones_like(ids), 100, 0).double()
+    assert abs(float(wrong.mean()) - 50) < 3 * 5 / 20
+    assert 0.85 < float(wrong.var()) / 25 < 1.15  # a binomial's: examples that share a draw would all stand alike
+    assert abs(np.corrcoef(wrong[:-1], wrong[1:])[0, 1]) < 0.15
 
 
 def test_draws_belong_to_the_numbers_that_examples_are_given() -> None:

@@ -20,8 +20,6 @@ ALPHA = 0.01
 the draws: over all looks at the example together, and where each of its points is wrong in exactly one half; else less."""
 TIMES, LEAST = 5, 100
 """So many times as many draws as the threat names confirm a point, and at least so many: fewer would miss breaks near one half."""
-SEATS = 16
-"""Rows of a pass. Each example has its own place in it, so that its draws depend on nothing else that is asked."""
 
 
 def level(look: int) -> float:
@@ -74,9 +72,9 @@ def confirm(
     Raises:
         UsageError: two rows have the same number.
 
-    Cost: 100 forwards per example, or five times the threat's ``draws``; of a deterministic model one. Passes are filled up to 16
-    rows: of a few examples, or of numbers that lie far apart, each forward costs as much as up to 16. Neither these rows nor any
-    other draws of a confirmation are part of the passes that an attack reports.
+    Cost: 100 forwards of one row per example, or five times the threat's ``draws``; of a deterministic model one. One row at a
+    time, as a model may draw once for a whole batch, and the errors at two examples must not depend on each other. None of these
+    rows is part of the passes that an attack reports.
 
     >>> noisy = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.2)).train()  # drops at random
     >>> points = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -110,9 +108,9 @@ def fresh(
 ) -> Tensor:  # fmt: skip
     """How many of so many draws answer each point wrongly and do not reject it, int64 [N].
 
-    The draws are a function of seed, example and look alone: the generators are seeded anew for each pass of 16 rows, in which
-    an example has the place that its number says. So it does not matter which examples are asked together, and whoever asks
-    again gets the same draws.
+    The draws are a function of seed, example and look alone: the generators are seeded anew for each row, which passes through
+    the model by itself. So it does not matter which examples are asked together, whoever asks again gets the same draws, and
+    those of two examples are independent whatever the model shares within a batch.
 
     Args:
         model, x, y, seed, reject: see ``confirm``.
@@ -121,14 +119,9 @@ def fresh(
         draws: how many.
     """
     wrong = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    groups = torch.stack([looks, ids // SEATS], 1)
-    for look, block in groups.unique(dim=0).tolist():
-        rows = ((looks == look) & (ids // SEATS == block)).nonzero().squeeze(1)
-        seats = ids[rows] % SEATS
-        fill = rows.new_full((SEATS,), int(rows[0])).index_put((seats,), rows)
-        goal = Goal.leave(y[rows], reject=reject)
-        with untouched(model, streams.text_key(f"{seed} fresh {look} {block}") % (1 << 62)), torch.no_grad():
-            for _ in range(draws):
-                logits = classify(model, x[fill])[seats]
-                wrong[rows] += goal.margin(logits) > rounding(logits)
+    for row, (look, example) in enumerate(zip(looks.tolist(), ids.tolist(), strict=True)):
+        point, goal = x[row : row + 1], Goal.leave(y[row : row + 1].expand(draws), reject=reject)
+        with untouched(model, streams.text_key(f"{seed} fresh {look} {example}") % (1 << 62)), torch.no_grad():
+            logits = torch.cat([classify(model, point) for _ in range(draws)])
+        wrong[row] = (goal.margin(logits) > rounding(logits)).sum()
     return wrong
