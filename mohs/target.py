@@ -338,22 +338,32 @@ class Target:
         if asked:
             found.queries += live * len(draws)
         found.last = torch.where(live, value, found.last)
-        if (self.draws > 0 or not sure) and bool((met & live).any()):
-            lead, met, clear = self._judge(problem, x, draws[0], lead, met, live)
-            if self.draws:  # the objective of the few draws that nominated a point says less than the judge's
-                value = torch.where(met, lead, value)
+        stands = met
+        if self.draws > 0 or not sure:
+            wanted = met & live
+            if (
+                self.draws and not problem.threat.minimum
+            ):  # what does not even look better than the row's point is not asked again
+                wanted &= ~(found.met & (lead <= found.margin))
+            if bool(wanted.any()):
+                lead, stands, clear = self._judge(problem, x, draws[0], lead, wanted)
+                if self.draws:  # the objective of the few draws that nominated a point says less than the judge's
+                    value = torch.where(stands, lead, value)
+            else:
+                stands = clear = wanted
+            met = torch.where(wanted, stands, met)
         if problem.threat.minimum:
             if not bool((met & live).any()):
                 return lead, met
             size = region.measure(x, problem.x0)
             score = -size
-            better = met & live & (score > found.score) & (size <= problem.eps * (1 + 1e-5))
+            better = stands & live & (score > found.score) & (size <= problem.eps * (1 + 1e-5))
         else:
             # a point that meets the goal beats any that does not; among equals the higher objective wins, then the margin
             # (cross-entropy is 0 all over where a model is saturated)
             score = value
             higher = (score > found.score) | ((score == found.score) & (lead > found.margin))
-            better = live & ((met & ~found.met) | ((met == found.met) & higher))
+            better = live & ((stands & ~found.met) | ((stands == found.met) & higher))
             if not bool(better.any()):
                 return lead, met
             better &= region.contains(x, problem.x0, problem.eps)
@@ -363,16 +373,16 @@ class Target:
         else:
             rows = better.nonzero().squeeze(1)
             found.x.index_copy_(0, rows, x.index_select(0, rows))
-        found.met = found.met | (better & met)
+        found.met = found.met | (better & stands)
         found.clear = found.clear | (better & clear)
         found.score = torch.where(better, score, found.score)
         found.margin = torch.where(better, lead, found.margin)
         return lead, met
 
     def _judge(
-        self, problem: Problem, x: Tensor, seen: Tensor, lead: Tensor, met: Tensor, live: Tensor
+        self, problem: Problem, x: Tensor, seen: Tensor, lead: Tensor, wanted: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Ask the deployed model about nominated points, with fresh draws if it is random; never trust the nominating look.
+        """Ask the deployed model about the ``wanted`` points, with fresh draws if it is random; never trust the nominating look.
 
         Answers (mean margin, met by most draws, met clearly), [B] each. The answers are the evaluation's, not the attacker's:
         they cost forwards, but only one query where the attacker's own look was at a guide (to hand in a candidate is to use
@@ -380,17 +390,21 @@ class Target:
         """
         wins, total = torch.zeros_like(lead), torch.zeros_like(lead)
         looks = max(self.draws, 1)
+        # twenty draws of a whole batch for the sake of one row would be most of an attack's cost; the one look at a deterministic
+        # model keeps its batch, so that its answers are those of every other look bit by bit
+        rows = wanted.nonzero().squeeze(1) if self.draws else slice(None)
+        goal = problem.goal.take(rows) if self.draws else problem.goal
         for _ in range(looks):
             with torch.no_grad():
-                logits = _ask(self.model, x, met & live)
+                logits = _ask(self.model, x[rows], wanted[rows])
             self._same_classes(seen, logits)
-            fresh = problem.goal.margin(logits)
-            wins += fresh > rounding(logits)
-            total += fresh
-        problem.found.forwards += (met & live) * looks
+            fresh = goal.margin(logits)
+            wins[rows] += (fresh > rounding(logits)).to(wins.dtype)
+            total[rows] += fresh
+        problem.found.forwards += wanted * looks
         if not self.own and self.access > Access.NONE:
-            problem.found.queries += met & live
-        return torch.where(met, total / looks, lead), met & (wins * 2 > looks), met & (wins >= CLEAR * looks)
+            problem.found.queries += wanted
+        return torch.where(wanted, total / looks, lead), wanted & (wins * 2 > looks), wanted & (wins >= CLEAR * looks)
 
 
 def _most(flags: Sequence[Tensor]) -> Tensor:

@@ -19,9 +19,11 @@ from mohs.errors import UsageError
 from mohs.evaluation import Plan, PlanStep, _scoring, confirm, confirmation, replay
 from mohs.evaluation.confirmation import ALPHA, drawn, fresh, level, needed
 from mohs.objectives import margin
+from mohs.problem import Findings, Goal, Problem
 from mohs.records import SCORE, Draws, Record
 from mohs.records.ledger import Ledger
 from mohs.reports import plain, words
+from mohs.target import Target
 from mohs.threat import Threat
 
 THREAT = Threat.parse("linf:0.1")
@@ -91,7 +93,9 @@ def test_ten_looks_break_what_is_broken_and_little_else(
 ) -> None:
     n, random = 4000, np.random.default_rng(0)
     monkeypatch.setattr(
-        confirmation, "fresh", lambda model, x, y, ids, looks, m, *_: torch.from_numpy(random.binomial(m, share, len(x)))
+        confirmation,
+        "fresh",
+        lambda model, x, y, ids, looks, m, *_: torch.from_numpy(random.binomial(m, share, len(x))),
     )
     x, y = moved(n)
     broken = torch.zeros(n, dtype=torch.bool)
@@ -287,3 +291,29 @@ def test_a_deterministic_model_has_no_draws() -> None:
     )
     assert (len(record.draws), record.scores, record.expected_accuracy) == (0, None, None)
     assert "single draw" not in record.describe()
+
+
+def test_the_judge_asks_about_nominated_rows_alone_and_only_while_they_look_better() -> None:
+    asked: list[int] = []
+
+    class Counted(Ramp):
+        def forward(self, x: Tensor) -> Tensor:
+            asked.append(len(x))
+            return super().forward(x)
+
+    x0, zero = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    wide, eps = Threat.parse("linf:0.5"), torch.full((4,), 0.5)
+    target = Target(Counted(), draws=20)
+    problem = Problem(target, wide, x0, eps, Goal.leave(zero), zero, zero, zero, zero, Findings.none(x0))
+    points = x0 + torch.tensor([[0.2], [0.2], [0.0], [0.01]])
+    assert problem.look(points).met.tolist() == [True, True, False, False]
+    assert asked == [4, *[2] * 20]
+    asked.clear()
+    later = x0 + torch.tensor(
+        [[0.15], [0.3], [0.0], [0.01]]
+    )  # one looks worse than before, one better; both meet the goal
+    assert problem.look(later).met.tolist() == [True, True, False, False]
+    assert asked == [4, *[1] * 20]
+    assert problem.found.x[:2, 0].tolist() == pytest.approx([0.2, 0.3])
+    assert problem.found.met.tolist() == problem.found.clear.tolist() == [True, True, False, False]
+    assert problem.found.forwards.tolist() == [1 + 20 + 1, 1 + 20 + 1 + 20, 2, 2]

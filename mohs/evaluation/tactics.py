@@ -291,7 +291,8 @@ def remedied(findings: Sequence[records.Finding], choice: Choice) -> list[record
         )
     if choice.deeper is not None:
         deep = next(t for t in choice.trials if t.tactic is choice.deeper)
-        done += f" Gradients {deep.tactic.name}, which broke {deep.broken} of the {deep.n} left, guide one more attack on the survivors."
+        won = f"which broke {deep.broken} of the {deep.n} left"
+        done += f" Gradients {deep.tactic.name}, {won}, guide one more attack on the survivors."
     works = chosen is not first
     mended = []
     for finding in findings:
