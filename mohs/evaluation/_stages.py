@@ -384,6 +384,8 @@ class Evaluation:
             goal, draws = Goal.leave(y[at : at + rows], reject=self.settings.reject), max(self.threat.draws, 1)
             with untouched(self.model, self.seed), torch.no_grad():
                 looks = [classify(self.model, padded(part, self.batch))[:rows] for _ in range(draws)]
+            # of a model in low precision: its margins shall not be rounded once more, and numpy knows no bfloat16
+            looks = [z.float() if z.dtype.itemsize < 4 else z for z in looks]
             logits = torch.stack(looks)
             none = (
                 logits.isnan().any(2).any(0)
