@@ -392,11 +392,11 @@ class Target:
         looks = max(self.draws, 1)
         # twenty draws of a whole batch for the sake of one row would be most of an attack's cost; the one look at a deterministic
         # model keeps its batch, so that its answers are those of every other look bit by bit
-        rows = wanted.nonzero().squeeze(1) if self.draws else slice(None)
-        goal = problem.goal.take(rows) if self.draws else problem.goal
+        rows = wanted.nonzero().squeeze(1) if self.draws else torch.arange(len(x), device=x.device)
+        points, goal = (x[rows], problem.goal.take(rows)) if self.draws else (x, problem.goal)
         for _ in range(looks):
             with torch.no_grad():
-                logits = _ask(self.model, x[rows], wanted[rows])
+                logits = _ask(self.model, points, wanted[rows])
             self._same_classes(seen, logits)
             fresh = goal.margin(logits)
             wins[rows] += (fresh > rounding(logits)).to(wins.dtype)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 import mohs
 from mohs.attacks import PGD, Square
-from mohs.errors import ModelError
+from mohs.defenses import Defense
+from mohs.errors import ModelError, UsageError
+from mohs.evaluation import confirm
 from mohs.evaluation.checks import _aimed, _answers
-from mohs.evaluation.checks._review import Review
+from mohs.evaluation.checks._review import Review, fools
 from mohs.evaluation.checks._seen import Seen
 
 
@@ -74,3 +77,62 @@ def test_answers_alone_are_held_against_the_threshold_of_all_lesser_attacks(new:
     assert _answers.answers_only(review).severity == severity
     review.closed = "a reason"
     assert _answers.answers_only(review).saw == "not tested: a reason"
+
+
+class Wary(nn.Module):
+    """Answers 1 and is wrong; rejects, by its last logit, what is brighter than one half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shade = x.flatten(1).mean(1)
+        return torch.stack([torch.zeros_like(shade), torch.ones_like(shade), 4 * shade - 1], 1)
+
+
+@dataclass(frozen=True)
+class Bright(Defense):
+    """The same as a defense, which declares it."""
+
+    rejects: ClassVar[bool] = True
+
+
+def ways(model: nn.Module, x: Tensor, reject: int | None) -> list[list[bool]]:
+    y, random = torch.zeros(len(x), dtype=torch.int64), mohs.Threat(mohs.Linf(0.1), draws=3)
+    return [
+        confirm(model, x, y, "linf:0.1", reject=reject).tolist(),
+        confirm(model, x, y, random, reject=reject).tolist(),
+        fools(model, x, y, 0, 0, reject).tolist(),
+        fools(model, x, y, 3, 0, reject).tolist(),
+    ]
+
+
+def test_what_is_rejected_is_not_confirmed_however_its_logit_is_named() -> None:
+    x = torch.tensor([0.2, 0.8, 0.3]).view(3, 1).expand(3, 6)
+    assert ways(Wary(), x, None) == [[True, True, True]] * 4
+    assert (
+        ways(Bright()(Wary()).eval(), x, None) == ways(Wary(), x, 2) == ways(Wary(), x, -1) == [[True, False, True]] * 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("reject", "said"),
+    [
+        (3, "got 3 of a model with 3"),
+        (-4, "got -4 of a model with 3"),
+        (1, "must be the last logit, 2"),
+        (-3, "got -3"),
+    ],
+)
+@pytest.mark.parametrize("draws", [0, 3])
+def test_a_confirmation_refuses_an_index_as_an_evaluation_does(reject: int, said: str, draws: int) -> None:
+    x, y = torch.full((3, 6), 0.2), torch.zeros(3, dtype=torch.int64)
+    threat = mohs.Threat(mohs.Linf(0.1), draws=draws)
+    asked: list[Any] = [
+        lambda: confirm(Wary(), x, y, threat, reject=reject),
+        lambda: fools(Wary(), x, y, draws, 0, reject),
+        lambda: mohs.evaluate(Wary(), (x, y + 1), threat, plan="quick", reject=reject),
+    ]
+    words = set()
+    for ask in asked:
+        with pytest.raises(UsageError, match=said) as error:
+            ask()
+        words.add(str(error.value))
+    assert len(words) == 1, words

@@ -25,6 +25,7 @@ from mohs.evaluation._bookmark import Bookmark
 from mohs.evaluation._curves import loss_curves, radius_curve
 from mohs.evaluation._order import WORTH, portions, survivors
 from mohs.evaluation._quiet import untouched
+from mohs.evaluation._rejection import rejection
 from mohs.evaluation.checks import Probe
 from mohs.evaluation.plans import Plan, PlanStep
 from mohs.models import weights_hash
@@ -67,7 +68,7 @@ class Evaluation:
         self.weights = weights_hash(model)  # before anything runs
         with torch.no_grad():
             self.logits = classify(model, padded(x[:1], self.batch)).shape[1] if len(x) else 0
-        self.settings = settings = replace(settings, reject=_adaptive.rejection(model, self.logits, settings.reject))
+        self.settings = settings = replace(settings, reject=rejection(model, self.logits, settings.reject))
         self.classes = self.logits - (settings.reject is not None)
         high = (y >= max(self.classes, 1)).nonzero().flatten().tolist()
         if high:

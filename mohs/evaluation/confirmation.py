@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mohs import streams
 from mohs.errors import UsageError
 from mohs.evaluation._quiet import untouched
+from mohs.evaluation._rejection import rejection
 from mohs.problem import Goal
 from mohs.target import classify, rounding
 from mohs.threat import Threat
@@ -66,11 +67,12 @@ def confirm(
         seed: of the fresh draws; another one than that of the attack gives no other answers but by chance.
         look: how many points were confirmed at these examples so far, and this one: each gets draws of its own, and a smaller
             error rate, so that trying again and again does not end in luck.
-        reject: index of the logit by which the model rejects an input; to be rejected is no success.
+        reject: index of the logit by which the model rejects an input, its last one (-1 also names it): to be rejected is no success.
+            Default: as the model's defenses declare.
         ids: number of each example, int64 [N], none twice; its draws depend on it. Default: 0, 1, ... .
 
     Raises:
-        UsageError: two rows have the same number.
+        UsageError: two rows have the same number; ``reject`` names no logit of the model, or not the one that it rejects by.
 
     Cost: 100 forwards of one row per example, or five times the threat's ``draws``; of a deterministic model one. One row at a
     time, as a model may draw once for a whole batch, and the errors at two examples must not depend on each other. None of these
@@ -120,8 +122,9 @@ def fresh(
     """
     wrong = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for row, (look, example) in enumerate(zip(looks.tolist(), ids.tolist(), strict=True)):
-        point, goal = x[row : row + 1], Goal.leave(y[row : row + 1].expand(draws), reject=reject)
+        point = x[row : row + 1]
         with untouched(model, streams.text_key(f"{seed} fresh {look} {example}") % (1 << 62)), torch.no_grad():
             logits = torch.cat([classify(model, point) for _ in range(draws)])
+        goal = Goal.leave(y[row : row + 1].expand(draws), reject=rejection(model, logits.shape[1], reject))
         wrong[row] = (goal.margin(logits) > rounding(logits)).sum()
     return wrong

@@ -17,6 +17,7 @@ from mohs.attacks import Job, Outcome, PatchSearch, Square
 from mohs.attacks._batches import fitting_batch
 from mohs.evaluation._inner import undefended
 from mohs.evaluation._quiet import untouched
+from mohs.evaluation._rejection import rejection
 from mohs.evaluation.checks._seen import Seen, ok
 from mohs.evaluation.confirmation import confirm
 from mohs.models import BlackBox
@@ -231,13 +232,14 @@ class Review:
 
 def fools(model: nn.Module, x: Tensor, y: Tensor, draws: int, seed: int, reject: int | None, batch: int = 64) -> Tensor:
     """Is each point answered wrongly and not rejected, [B], by most of the draws (one of a deterministic model)? A lead within
-    rounding counts: it may have been a little more in another batch."""
+    rounding counts: it may have been a little more in another batch. ``reject`` as in ``confirm``."""
     looks, wins = max(draws, 1), torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with untouched(model, seed), torch.no_grad():
         for at in range(0, len(x), batch):
-            goal = Goal.leave(y[at : at + batch], reject=reject)
+            goal: Goal | None = None
             for _ in range(looks):
                 logits = classify(model, x[at : at + batch])
+                goal = goal or Goal.leave(y[at : at + batch], reject=rejection(model, logits.shape[1], reject))
                 wins[at : at + batch] += goal.margin(logits) > -rounding(logits)
     return wins * 2 > looks
 
