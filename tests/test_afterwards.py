@@ -380,6 +380,15 @@ def test_random_models_are_not_judged_by_luck() -> None:
     assert loud <= {"randomness", "rescored"}
 
 
+def test_what_follows_the_plan_runs_on_the_control_subset_too_where_a_second_look_compares(mended: Record) -> None:
+    control = set(np.flatnonzero(mended.correct & mended.examples.control).tolist())
+    assert len(mended.header.attacks) > 4
+    for index in mended.attacks:
+        assert control <= set(mended.results(index).example.tolist())
+    # on survivors alone, no attack without gradients broke what those with gradients left: the look would always be calm
+    assert f"of {len(control)} examples" in said(mended, "masking").split("Afterwards: ")[1]
+
+
 def test_a_run_that_is_killed_on_the_ladder_ends_as_one_that_was_not(mended: Record, tmp_path: Path) -> None:
     model, xy = trapped()
     seen: list[str] = []
