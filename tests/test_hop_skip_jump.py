@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from core_models import Linear, inputs, relu_net
@@ -138,3 +140,102 @@ def test_boxes_without_bounds_and_mistakes() -> None:
     for bad in ({"steps": 0}, {"votes": 0}):
         with pytest.raises(UsageError, match="HopSkipJump"):
             HopSkipJump(**bad)
+
+
+class Seen(nn.Module):
+    """Wrong where ``lead`` is above 0, but for the looks ``deaf``, which are all answered rightly; notes points and answers."""
+
+    def __init__(self, normal: Tensor, shift: float, deaf: range = range(0)) -> None:
+        super().__init__()
+        self.normal, self.shift, self.deaf = normal, shift, deaf
+        self.points, self.wrong = list[Tensor](), list[bool]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        lead = x @ self.normal - self.shift
+        if len(self.points) in self.deaf:
+            lead = -lead.abs()
+        self.points.append(x[0].clone())
+        self.wrong.append(bool(lead > 0))
+        return torch.stack([torch.zeros_like(lead), lead], 1)
+
+
+def followed(x0: Tensor, model: Seen, votes: int, norm: str) -> list[str]:
+    """Algorithms 1 and 2 of the paper for one row, over the looks that were seen: is each where those before it say? Which
+    stages were come through."""
+    looks, count, width, done = iter(zip(model.points, model.wrong, strict=True)), x0.numel(), 1e-3, list[str]()
+
+    def size(v: Tensor) -> float:
+        return float(v.norm() if norm == "l2" else v.abs().max())
+
+    def towards(far_point: Tensor, length: float) -> Tensor:
+        way = far_point - x0
+        return x0 + (way * length / size(way) if norm == "l2" else way.clamp(-length, length))
+
+    def look(expected: Tensor) -> bool:
+        point, wrong = next(looks)
+        assert torch.allclose(point, expected, rtol=0, atol=1e-6), done
+        return wrong
+
+    assert not look(x0)
+    kept, wrong = next(looks)
+    t, found, far = 0, wrong, size(kept - x0)
+    try:
+        while True:
+            if found:
+                low, high, far = 0.0, 1.0, size(kept - x0)
+                while high - low > width:
+                    middle = (low + high) / 2
+                    low, high = (low, middle) if look(towards(kept, middle * far)) else (middle, high)
+                kept, far = towards(kept, high * far), high * far
+                done.append("search")
+            t, u, phi = t + 1, list[Tensor](), list[float]()
+            delta = float((kept - x0).norm()) / count
+            while len(u) < votes * math.sqrt(t):
+                point, wrong = next(looks)
+                u.append((point - kept) / delta)
+                assert float(u[-1].norm()) == pytest.approx(1, abs=1e-5)
+                phi.append(1.0 if wrong else -1.0)
+            agreed = len(set(phi)) == 1
+            weights = torch.tensor(phi, dtype=x0.dtype) - (0 if agreed else sum(phi) / len(phi))
+            v = weights @ torch.stack(u)
+            v = v / v.norm() if norm == "l2" else v.sign()
+            done.append("agreed" if agreed else "voted")
+            leap, found, halved = far / math.sqrt(t), False, 0
+            while leap > width * far and not found:
+                found = look(kept + leap * v)
+                kept = kept + leap * v if found else kept
+                leap, halved = leap / 2, halved + (not found)
+            done.append(f"leapt, halved {min(halved, 1)}" if found else "no leap")
+    except StopIteration:
+        return done
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize(
+    ("deaf", "stages"),
+    [
+        (range(0), {"leapt, halved 0"}),
+        (range(43, 46), {"leapt, halved 1"}),  # the second leap
+        (range(31, 80), {"agreed", "no leap"}),  # its votes and all of its halves
+    ],
+    ids=["honest", "a leap of eight", "no leap"],
+)
+def test_every_look_is_where_the_algorithm_has_it(norm: str, deaf: range, stages: set[str]) -> None:
+    normal = torch.tensor([1.0, -0.5, 0.3, 0.8, -0.2, 0.6], dtype=torch.float64)
+    x = torch.full((1, 6), 0.1, dtype=torch.float64)
+    start = torch.tensor([[0.9, 1.5, 0.4, 1.8, -0.3, 0.2]], dtype=torch.float64)
+    model, zero = Seen(normal, 1.0, deaf), torch.zeros(1, dtype=torch.int64)
+    attack, threat = HopSkipJump(steps=300, votes=8), f"{norm}:inf in [-99, 99]"
+    out = mohs.attack(attack, model, x, zero, threat, start=start, batch=1)
+    assert len(model.points) == int(out.queries) == 301
+    done = followed(x[0], model, 8, norm)
+    assert {"search", "voted"} | stages <= set(done), done
+
+
+def test_a_start_that_is_right_is_gone_beyond() -> None:
+    normal, x = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[0.0, 0.5, 0.5]])
+    model, zero = Seen(normal, 0.7), torch.zeros(1, dtype=torch.int64)
+    start = x + torch.tensor([[0.1, 0.0, 0.0]])
+    out = mohs.attack(HopSkipJump(steps=60, votes=5), model, x, zero, "l2:inf", start=start, batch=1)
+    assert [round(float(p[0]), 6) for p in model.points[:5]] == [0.0, 0.1, 0.2, 0.4, 0.8]
+    assert float(out.size) == pytest.approx(0.7, rel=2e-3)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from core_models import Linear, inputs
+from torch import Tensor
 
 import mohs
 from mohs.attacks import PatchSearch, patch_search
 from mohs.errors import ThreatError
+from mohs.objectives import cross_entropy, margin
 
 
 def test_the_best_patch_of_a_linear_model_is_approached() -> None:
@@ -77,3 +81,89 @@ def test_images_are_moved_around() -> None:
 def test_other_regions_are_refused() -> None:
     with pytest.raises(ThreatError, match="patch"):
         mohs.attack(PatchSearch(), Linear(4, 2), inputs(2, 4), torch.zeros(2, dtype=torch.int64), "linf:0.1")
+
+
+LATE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""After how many of 10,000 steps the squares lose half of their area."""
+
+
+def windows(x: Tensor, x0: Tensor, side: int) -> list[tuple[int, int]]:
+    """First pixel of each row's patch, which covers a whole square of the image."""
+    found = []
+    for changed in (x != x0).any(1):
+        rows, columns = (changed.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+        assert int(changed.sum()) == side * side == len(rows) * len(columns), changed.int()
+        found.append((rows[0], columns[0]))
+    return found
+
+
+@pytest.mark.parametrize("objective", [margin, cross_entropy], ids=["margin", "cross-entropy"])
+@pytest.mark.parametrize("at", [None, (3, 4)], ids=["anywhere", "at one place"])
+def test_every_proposal_is_one_change_of_the_best_look_so_far(at: tuple[int, int] | None, objective: object) -> None:
+    steps, side, share, count, (height, width) = 45, 6, 0.9, 24, (14, 12)
+    net = Linear(2 * height * width, 3, dtype=torch.float64)
+    x0 = 0.2 + 0.6 * inputs(
+        count, 2, height, width, dtype=torch.float64
+    )  # so that the patch, 0 or 1, is seen as a whole
+    y, seen = net(x0).argmax(1), list[Tensor]()
+
+    class Noted(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach().clone())
+            return net(x)
+
+    attack, threat = PatchSearch(steps=steps, share=share, objective=objective), mohs.Threat(mohs.Patch(side, at=at))
+    out = mohs.attack(attack, Noted(), x0, y, threat, batch=count, stop=mohs.Stop.BUDGET)
+    assert len(seen) == steps + 1
+    assert out.queries.tolist() == [steps + 1] * count
+    logits = torch.stack([net(x).detach() for x in seen])
+    own = logits.gather(2, y.view(1, -1, 1).expand(steps + 1, -1, 1)).squeeze(2)
+    others = logits.scatter(2, y.view(1, -1, 1).expand(steps + 1, -1, 1), -torch.inf)
+    value = others.amax(2) - own if objective is margin else logits.logsumexp(2) - own
+    places = [windows(x, x0, side) for x in seen]
+    patches = [
+        torch.stack([x[i, :, a : a + side, b : b + side] for i, (a, b) in enumerate(place)])
+        for x, place in zip(seen, places, strict=True)
+    ]
+    free = (height - side, width - side)
+    assert bool((patches[0] == patches[0][:, :, :1]).all()), "vertical stripes"
+    assert 0.4 < float(patches[0].mean()) < 0.6
+    if at is None:
+        for axis in (0, 1):
+            assert {place[axis] for place in places[0]} >= {0, free[axis]}, "first places reach from edge to edge"
+    squares, steps_taken = [set[tuple[int, int]]() for _ in range(count)], set[tuple[int, int, bool]]()
+    mixed = full = 0
+    for k in range(steps):
+        scale = math.sqrt(share * 0.5 ** sum(k * 10_000 // steps > late for late in LATE))
+        longest, reach = max(round(side * scale), 1), [math.ceil(n * max(scale, 0.25)) for n in free]
+        best = value[: k + 1].argmax(0).tolist()
+        for i, b in enumerate(best):
+            old, new = patches[b][i], patches[k + 1][i]
+            way = [after - before for before, after in zip(places[b][i], places[k + 1][i], strict=True)]
+            if at is None and k % 3 == 2:
+                negative = torch.equal(new, 1 - old)
+                assert negative or torch.equal(new, old)
+                assert all(abs(step) <= most for step, most in zip(way, reach, strict=True))
+                steps_taken |= {(0, way[0], negative), (1, way[1], negative)}
+                continue
+            assert way == [0, 0]
+            changed = (new != old).any(0)
+            assert bool(changed.any()), "a proposal that changes nothing"
+            rows, columns = (changed.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+            tall, wide = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+            assert max(tall, wide) <= longest
+            full += tall == wide == longest
+            if longest == 1:
+                squares[i].add((rows[0], columns[0]))
+                mixed += int(new[0, rows[0], columns[0]] != new[1, rows[0], columns[0]])
+    assert full > count * steps // 3, "squares are as large as they are said to be"
+    assert mixed > count, "each channel has a colour of its own"
+    assert min(len(found) for found in squares) > 10, "squares lie anywhere in the patch"
+    edges = [place for found in squares for place in found]
+    assert {min(place) for place in edges} >= {0, side - 1}
+    if at is None:
+        assert steps_taken >= {
+            (axis, way, negative) for axis in (0, 1) for way in (-2, 2) for negative in (True, False)
+        }
+    else:
+        assert {place for found in places for place in found} == {at}
