@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_models import inputs, relu_net
+from core_models import Linear, inputs, relu_net
+from torch import Tensor, nn
 
 import mohs
 from mohs import streams
-from mohs.attacks import BIM, JSMA, MIFGSM, NIFGSM, ODI, PGD, LaVAN
+from mohs.attacks import BIM, JSMA, MIFGSM, NIFGSM, ODI, PGD, SPGD, LaVAN
 from mohs.evaluation.checks import _climb
 
 
@@ -26,6 +27,8 @@ from mohs.evaluation.checks import _climb
         (NIFGSM(steps=6), "linf:0.03"),
         (ODI(steps=8), "l2:0.1"),
         (LaVAN(steps=12), "patch:2"),
+        (SPGD(steps=12), "l0:3"),
+        (SPGD(steps=12, projected=True), "l0:3"),
     ],
 )
 def test_to_give_an_attack_its_own_step_changes_nothing(
@@ -39,6 +42,37 @@ def test_to_give_an_attack_its_own_step_changes_nothing(
     one, same, differs = (mohs.attack(a, net, x, y, threat, stop=stop, trace=True) for a in (attack, given, other))
     assert torch.allclose(one.trace, same.trace, atol=1e-5, equal_nan=True)
     assert not torch.allclose(one.trace, differs.trace, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_sparse_pgd_moves_each_number_by_its_step_in_box_widths(projected: bool) -> None:
+    net, low, high, steps = Linear(12, 2, dtype=torch.float64), -1.0, 3.0, 14
+    x = 0.5 + inputs(8, 12, dtype=torch.float64)
+    y, threat, seen = net(x).argmax(1), mohs.Threat(mohs.L0(4), box=(low, high)), list[Tensor]()
+
+    class Noted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach().clone())
+            return net(x)
+
+    attack = SPGD(steps=steps, step_size=0.04, projected=projected, random_start=False)
+    mohs.attack(attack, Noted(), x, y, threat, batch=8, stop=mohs.Stop.BUDGET)
+    assert len(seen) == steps + 1
+    w = (net.weight[:, 1] - net.weight[:, 0]).detach()
+    sign = w.sign() * (1 - 2 * y).unsqueeze(1)  # of the gradient, which is the same all over but for its length
+    length = attack.own_step(threat) * (high - low)
+    # a dense change moves at every step, seen or not; a projected one where it is chosen: at first, and wherever it is seen
+    count, most = torch.zeros_like(x), 0
+    for k, look in enumerate(seen):
+        moved = look != x
+        assert int(moved.sum(1).max()) <= 4
+        taken = (1 + count) if projected else torch.full_like(x, k)
+        expected = (x + taken * length * sign).clamp(low, high)
+        assert torch.allclose(look[moved], expected[moved], rtol=0, atol=1e-12)
+        most = max(most, int(taken[moved].max()) if bool(moved.any()) else 0)
+        count += moved
+    assert most >= (5 if projected else steps)
+    assert int((count > 0).sum(1).min()) > 4, "other positions were tried"
 
 
 def review(attack: Any, tried: list[Any]) -> Any:
