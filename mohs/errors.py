@@ -67,3 +67,13 @@ def rows_text(rows: Iterable[int], most: int = 8) -> str:
     if len(listed) <= most:
         return "rows " + ", ".join(map(str, listed[:-1])) + f" and {listed[-1]}"
     return "rows " + ", ".join(map(str, listed[:most])) + f" and {len(listed) - most} more"
+
+
+def gist(error: BaseException) -> str:
+    """The first sentence of an error's message, without its end: to be quoted within another message.
+
+    >>> gist(ValueError("No such key. Set the flag.\\nTraceback"))
+    'No such key'
+    """
+    first = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+    return first or type(error).__name__

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mohs.errors import AccessError, DataError, ModelError, rows_text
+from mohs.errors import AccessError, DataError, ModelError, gist, rows_text
 from mohs.guide import Guide, answers_for, wraps
 from mohs.objectives import Objective, margin
 from mohs.problem import Goal, Problem
@@ -175,7 +175,7 @@ class View(Look):
             (gradient,) = torch.autograd.grad([z for z, _ in self._draws], self._x, cotangents, retain_graph=keep)
         except RuntimeError as error:
             raise ModelError(
-                f"The model gives no input gradient ({str(error).splitlines()[0]}). Gradient attacks need a differentiable "
+                f"The model gives no input gradient ({gist(error)}). Gradient attacks need a differentiable "
                 "path from input to logits: remove detach() or no_grad(), or use an attack that needs less access."
             ) from error
         found = self._problem.found

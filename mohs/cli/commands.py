@@ -56,7 +56,7 @@ Batch = Annotated[
 AccessName = Annotated[
     Literal["label", "score", "logit", "gradient"],
     Parameter(
-        name=["--access"], group=_what, help="what one look shows the adversary (no attack works with label yet)"
+        name=["--access"], group=_what, help="what one look shows the adversary; with label, HopSkipJump alone works"
     ),
 ]
 AnswersName = Literal["probabilities", "logits", "labels"] | None
@@ -69,7 +69,7 @@ DefenseText = Annotated[
     list[str] | None,
     Parameter(
         name=["--defense"], group=_what,
-        help="what stands before the model, such as jpeg:75 (mohs list defenses); several in the order data pass through them",
+        help="what stands before the model, such as jpeg:75 (mohs list defenses); once for each, in the order data pass through",
     ),
 ]  # fmt: skip
 Queries = Annotated[

@@ -28,12 +28,12 @@ def refuse(model: str, access: str, answers: str | None) -> None:
     if access == "gradient":
         raise AccessError(
             "A served model gives no gradients, and --access gradient is the default. Say what its answers show: --access score "
-            "for probabilities, logit for logits, and for mohs check label for the class alone, with which no attack works yet."
+            "for probabilities, logit for logits, label for the class alone."
         )
     if answers == "labels" and access != "label":
         raise AccessError(
             f"A server that answers labels shows no more than these; got --access {access}, allowed is label, with which "
-            "mohs check works, and no attack yet."
+            "mohs check works, and HopSkipJump of all attacks."
         )
 
 

@@ -15,7 +15,7 @@ from mohs.defenses._backward import changed
 from mohs.defenses._base import Defense, as_deployed
 from mohs.defenses._scikit import restoration
 from mohs.defenses._settings import images, number
-from mohs.errors import ModelError, UsageError
+from mohs.errors import ModelError, UsageError, gist
 from mohs.gradients.bpda import instead_of
 
 ACTIVATIONS = (
@@ -127,7 +127,7 @@ def saliency(model: nn.Module, x: Tensor) -> Tensor:
             (g,) = torch.autograd.grad(logits.gather(1, top).sum(), point)
         except RuntimeError as error:
             raise ModelError(
-                f"DigitalWatermarking looks at the classifier's input gradient, and there is none ({str(error).splitlines()[0]}). "
+                f"DigitalWatermarking looks at the classifier's input gradient, and there is none ({gist(error)}). "
                 "What stands between it and the classifier must be differentiable: put codecs and filters without gradient outside "
                 "of it ('jpeg,digital-watermarking', not 'digital-watermarking,jpeg'), or give row, column and side of a known place."
             ) from error

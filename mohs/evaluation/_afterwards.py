@@ -11,7 +11,7 @@ from torch import nn
 from mohs import records
 from mohs.attacks import APGD, FGSM, PGD, SPGD, LaVAN
 from mohs.attacks.run import refused_norm
-from mohs.errors import RecordError
+from mohs.errors import RecordError, gist
 from mohs.evaluation import tactics
 from mohs.evaluation._header import aims
 from mohs.evaluation._inner import FAILURES
@@ -108,7 +108,7 @@ def _looked(function: Callable[[Review], Seen], looked: Review) -> Seen:
     except RecordError:
         raise
     except FAILURES as error:  # not every model can be taken apart, and a run of hours must not end in a check
-        return Seen("info", f"not tested: {str(error).split('. ')[0]}")
+        return Seen("info", f"not tested: {gist(error)}")
 
 
 def _again(run: Evaluation, id_: str, seen: dict[str, Seen], planned: int) -> None:
@@ -218,7 +218,7 @@ class _Ladder:
                 "a student of the model",
             )
         except FAILURES as error:
-            return f"Not tried: transfer ({str(error).split('. ')[0]})."
+            return f"Not tried: transfer ({gist(error)})."
         name = name if inner is None else f"the model without {name}"
         patch = isinstance(run.threat.region, Patch)
         attack = _sound(run) if white or patch else PGD(steps=50, objective=margin)  # others ask for logits
@@ -254,7 +254,7 @@ class _Ladder:
         except RecordError:
             raise
         except FAILURES as error:  # what the plan found stands without it
-            stopped = f" It then stopped: {str(error).split('. ')[0]}."
+            stopped = f" It then stopped: {gist(error)}."
         finally:
             run.guide = kept
         return f"Done: {step.label}{note} broke {before - self._left()} of {before} survivors.{stopped}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mohs import defenses, records
 from mohs.attacks import APGD, SPGD, Attack, LaVAN, attack
-from mohs.errors import MohsError
+from mohs.errors import MohsError, gist
 from mohs.evaluation import _layers
 from mohs.evaluation._draws import draws_needed
 from mohs.evaluation._fits import fitted
@@ -141,9 +141,7 @@ def choose(
             if tried(tactic).broken >= ENOUGH * len(x):
                 break
     except FAILURES as error:
-        trials.append(
-            Trial(Tactic("layer by layer"), 0, len(x), -math.inf, 0, str(error).split(". ")[0], tuple(range(len(x))))
-        )
+        trials.append(Trial(Tactic("layer by layer"), 0, len(x), -math.inf, 0, gist(error), tuple(range(len(x)))))
     best, deeper = _best(trials), None
     nothing = min(trials[0].broken + CLEARLY, len(x) // 2)
     if suspect and best.broken < ENOUGH * len(x):
@@ -219,7 +217,7 @@ def trial(
             batch=min(batch, len(x)),
         )  # fmt: skip
     except FAILURES as error:
-        return Trial(tactic, 0, len(x), -math.inf, 0, str(error).split(". ")[0], everyone)
+        return Trial(tactic, 0, len(x), -math.inf, 0, gist(error), everyone)
     passes, left = out.forwards + out.backwards, ~out.success
     return Trial(
         tactic, int(out.success.sum()), len(x), float(out.margin.clamp(min=-1e30).mean()), int(passes.sum()),

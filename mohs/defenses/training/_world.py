@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mohs.errors import UsageError
+from mohs.errors import UsageError, gist
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ def _device(asked: str | torch.device | None, local: int) -> torch.device:
             device = torch.device("cuda", local)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
         raise UsageError(
-            f"The device {asked!r} cannot be used ({first}). Allowed: 'cpu', or 'cuda' where present."
+            f"The device {asked!r} cannot be used ({gist(error)}). Allowed: 'cpu', or 'cuda' where present."
         ) from error
     return device

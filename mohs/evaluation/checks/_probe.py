@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs import streams
-from mohs.errors import DataError, ModelError, rows_text
+from mohs.errors import DataError, ModelError, gist, rows_text
 from mohs.objectives import margin, plain_cross_entropy
 from mohs.problem import Goal
 from mohs.target import classify
@@ -160,7 +160,7 @@ class Probe:
             try:
                 (g,) = torch.autograd.grad(graph, x, cotangent, retain_graph=objective is margin)
             except RuntimeError as error:
-                raise _NoGradientError(str(error).splitlines()[0]) from error
+                raise _NoGradientError(gist(error)) from error
             found.append(g[:rows].flatten(1))
         return found[0], found[1]
 
