@@ -86,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     more.add_argument("--attacks", default="", help="ours, of minimum, walls and exact (default: every one that fits)")
     more.add_argument("--passes", type=_count, default=200, help="of minimum and walls, per image (default 200)")
     more.add_argument(
+        "--share", type=_share, default=1.0, help="of walls: ours gets this share of the passes (default 1)"
+    )
+    more.add_argument(
         "--patience", type=_count, default=60, help="CPU seconds an attack may take in minimum and walls (default 60)"
     )
     more.add_argument("--plans", default="", help="ours, of autoattack (default: all that are built in)")
@@ -103,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"no {what} {unknown[0]!r}; there are {', '.join(known)}")
     options = Options(
         libraries=libraries, nets=tuple(given.nets.split(",")), data=given.data, subjects=chosen, norms=norms,
-        attacks=_names(given.attacks), plans=_names(given.plans), passes=given.passes, patience=given.patience,
-        aa_cache=given.aa_cache,
+        attacks=_names(given.attacks), plans=_names(given.plans), passes=given.passes, share=given.share,
+        patience=given.patience, aa_cache=given.aa_cache,
     )  # fmt: skip
     if given.quick:
         options = replace(options, repeats=3, rows=64, slow_rows=4, wide_rows=32, robust_rows=16)
@@ -159,6 +162,13 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1; got {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1; got {text!r}")
+    return value
 
 
 if __name__ == "__main__":

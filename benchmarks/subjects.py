@@ -41,6 +41,7 @@ class Options:
     attacks: tuple[str, ...] = ()
     plans: tuple[str, ...] = ()
     passes: int = 200
+    share: float = 1.0
     patience: int = 60
     aa_cache: Path | None = None
     results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)

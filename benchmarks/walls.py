@@ -23,6 +23,7 @@ def run(options: Options) -> Iterator[str]:
         "scored outside as under 'Smallest changes'; 'wall' is ours over the peer's seconds, round by round, median (minimum to "
         f"maximum) of {options.repeats} rounds that take turns; passes and steps are ours / the peer's. Whoever takes more than "
         f"{options.patience} CPU seconds is left out. Only a quiet machine tells walls."
+        + ("" if options.share == 1 else f" Ours gets {options.share:.0%} of these passes.")
     )
     chosen, absent = available(options.subjects, 2 * options.robust_rows)
     yield from absent
@@ -64,7 +65,8 @@ def compared(subject: RobustSubject, norm: str, name: str, peer: Run, options: O
     found: dict[str, Found] = {}
     calls: dict[str, Any] = {}
     for side, attack in sides.items():
-        steps = fitting(attack, subject, options.passes, options.patience)
+        passes = round(options.passes * (options.share if side == "ours" else 1))
+        steps = fitting(attack, subject, passes, options.patience)
         found[side] = measured(attack, subject, NORMS[norm], steps, options.patience)
         calls[side] = partial(attack, subject.net, subject.x, subject.y, steps)
     times: dict[str, Times] = alternate(calls, options.repeats)
