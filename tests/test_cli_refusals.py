@@ -32,6 +32,13 @@ def test_unknown_form_of_data(shop: Shop) -> None:
     assert in_order(said, "no data set 'csv:numbers.csv'", "allowed are", "idx:DIR", "npz:FILE")
 
 
+def test_two_values_for_an_option_that_takes_one(shop: Shop) -> None:
+    code, _, said = shop.do("run", *shop.model, *shop.how(), "--defense", "bit-depth:3", "jpeg:75")
+    assert code == 2
+    assert not shop.out.exists()
+    assert in_order(said, "jpeg:75", "one value each time", "--defense bit-depth:3 --defense jpeg:75", "--help")
+
+
 def test_truncated_idx(shop: Shop) -> None:
     folder = shop.folder / "idx"
     folder.mkdir()

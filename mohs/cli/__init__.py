@@ -28,15 +28,21 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    from cyclopts import CycloptsError
+    from cyclopts import CycloptsError, UnusedCliTokensError
 
     from mohs.cli.commands import app
     from mohs.errors import MohsError
 
     try:
         return int(app(list(argv), exit_on_error=False, result_action="return_value") or 0)
-    except CycloptsError:
-        return 2  # cyclopts has printed what was wrong
+    except CycloptsError as error:  # cyclopts has printed what was wrong
+        if isinstance(error, UnusedCliTokensError):
+            print(
+                "mohs: an option takes one value each time it is given, such as --defense bit-depth:3 --defense jpeg:75. What is "
+                "allowed stands in the command's --help.",
+                file=sys.stderr,
+            )
+        return 2
     except MohsError as error:
         print(" ".join([f"mohs: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.exit_code
