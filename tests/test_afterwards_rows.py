@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from core_models import inputs, relu_net
-from torch import Tensor
+from torch import Tensor, nn
 
 from mohs.attacks import APGD, PGD, Square
 from mohs.evaluation.checks import _ablation, _consistency, _convergence, _validity
@@ -190,8 +190,12 @@ def test_changes_finer_than_grey_levels_are_seen(monkeypatch: pytest.MonkeyPatch
 def examples(hashes: list[str], labels: list[int], right: int, stated: float | None = None) -> Any:
     correct = np.arange(len(hashes)) < right
     record = SimpleNamespace(examples=SimpleNamespace(hash=hashes, label=labels), n=len(hashes), correct=correct)
+    header = SimpleNamespace(stated_accuracy=stated)
     return SimpleNamespace(
-        record=record, run=SimpleNamespace(run=SimpleNamespace(header=SimpleNamespace(stated_accuracy=stated)))
+        record=record,
+        run=SimpleNamespace(run=SimpleNamespace(header=header)),
+        threat=Threat(Linf(0.1), draws=20),
+        closed="paid",
     )
 
 
@@ -209,6 +213,25 @@ def test_equal_inputs_want_equal_labels() -> None:
 def test_the_statement_is_held_against_all_examples(stated: float | None, severity: str) -> None:
     names = [f"{i}" for i in range(1000)]
     assert _validity.whole_accuracy(examples(names, [0] * 1000, 900, stated)).severity == severity
+
+
+@pytest.mark.parametrize(("stated", "severity"), [(0.9, "ok"), (0.75, "ok"), (0.8, "block"), (0.6, "block")])
+def test_of_a_random_model_the_statement_may_speak_of_single_draws(stated: float, severity: str) -> None:
+    class Often(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            right = (torch.rand(len(x)) < 0.75).float()
+            return torch.stack([right, 1 - right], 1)
+
+    review = examples([f"{i}" for i in range(4000)], [0] * 4000, 3600, stated)
+    review.closed = ""
+    run = SimpleNamespace(
+        run=review.run.run, model=Often().eval(), x=torch.rand(4000, 1), y=torch.zeros(4000, dtype=torch.int64), seed=0, batch=64,
+        settings=SimpleNamespace(reject=None),
+    )  # fmt: skip
+    review.run = run
+    seen = _validity.whole_accuracy(review)
+    assert seen.severity == severity
+    assert ("by single draws" in seen.saw) == (stated != 0.9)
 
 
 def curve(survived: list[int], lost: list[int]) -> list[CurvePoint]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -208,18 +209,18 @@ def test_an_unknown_way_to_adapt_is_refused(value: object, data: mohs.data.Datas
 
 
 @pytest.mark.parametrize(
-    ("first", "dear", "longer", "guides", "deeper"),
+    ("first", "dear", "longer", "guides", "second"),
     [
-        (15, 1, 0, "cheap", False),  # adds next to nothing
-        (15, 3, 5, "cheap", False),  # as many passes of the cheap one add clearly more
-        (15, 3, 2, "cheap", True),  # adds something that steps do not, on a few
-        (15, 17, 16, "cheap", True),  # not clearly more than the same passes of the cheap one
-        (4, 9, 5, "dear", False),  # adds more than the cheap one broke
-        (0, 12, 0, "dear", False),
+        (15, 1, 0, "cheap", None),  # adds next to nothing
+        (15, 3, 5, "cheap", None),  # as many passes of the cheap one add clearly more
+        (15, 3, 2, "cheap", "dear"),  # adds something that steps do not, on a few
+        (15, 17, 16, "cheap", "dear"),  # not clearly more than the same passes of the cheap one
+        (4, 9, 5, "dear", "cheap"),  # adds more than the cheap one broke, which may have broken others
+        (0, 12, 0, "dear", None),
     ],
 )
 def test_a_dear_tactic_is_held_against_steps_for_the_same_price(
-    first: int, dear: int, longer: int, guides: str, deeper: bool
+    first: int, dear: int, longer: int, guides: str, second: str | None
 ) -> None:
     cheap, costly = tactics.Tactic("cheap"), tactics.Tactic("dear", lambda model: model, 1)
     left = tuple(range(first, 32))
@@ -228,26 +229,34 @@ def test_a_dear_tactic_is_held_against_steps_for_the_same_price(
 
     def tried(tactic: tactics.Tactic, after: tactics.Trial, steps: int = tactics.STEPS) -> tactics.Trial:
         asked.append((tactic.name, after.left, steps))
-        won, each = (dear, 270.0) if tactic is costly else (longer, 270.0)
-        return tactics.Trial(tactic, won, len(left), 0.0, 0, left=left[won:], each=each, after=after.tactic.name)
+        won = dear if tactic is costly else longer
+        return tactics.Trial(
+            tactic, won, len(left), 0.0, 0, left=left[won:], each=270.0, after=after.tactic.name, steps=steps
+        )
 
     chosen, kept = tactics._dearer(costly, best, tried)
     assert chosen.tactic.name == guides
-    assert (kept is costly) == deeper
+    assert (kept.name if kept else None) == second
     assert asked[0] == ("dear", left, tactics.STEPS)
     assert asked[1:] == ([] if dear < tactics.CLEARLY else [("cheap, 135 steps", left, 135)])  # 9 times the price
 
 
-def test_what_was_too_dear_for_the_plan_is_tried_on_its_survivors(
-    data: mohs.data.Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def other_gradients() -> tuple[tactics.Choice, nn.Module]:
+    """Honest gradients for the plan, smoothed ones for its survivors; and a model that is broken by neither everywhere."""
     model = defenses.BitDepth(3)(mohs.models.load("bundled:fashion-pgd")).eval()
     honest, dear = tactics.Tactic("honest", defenses.Honest), tactics.Tactic("smooth", lambda m: Smooth(m, 0.05, 2), 1)
     trials = (
         tactics.Trial(tactics.PLAIN, 0, 8, 0.0, 1), tactics.Trial(honest, 5, 8, 0.0, 1),
-        tactics.Trial(dear, 2, 3, 0.0, 1, after="honest"),
+        tactics.Trial(dear, 2, 3, 0.0, 1, after="honest"), tactics.Trial(replace(honest), 1, 3, 0.0, 1, steps=99),
     )  # fmt: skip
-    monkeypatch.setattr(tactics, "choose", lambda *a, **k: tactics.Choice(honest, trials, dear))
+    return tactics.Choice(honest, trials, dear), model
+
+
+def test_what_was_left_for_the_survivors_is_tried_on_them(
+    data: mohs.data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice, model = other_gradients()
+    monkeypatch.setattr(tactics, "choose", lambda *a, **k: choice)
     guides: list[str] = []
     job = _stages.Job
 
@@ -258,13 +267,33 @@ def test_what_was_too_dear_for_the_plan_is_tried_on_its_survivors(
     monkeypatch.setattr(_stages, "Job", watched)
     record = mohs.evaluate(model, data.take(24), "linf:0.1", plan=plan(), control=0)
     steps = record.header.plan.steps
-    assert [s.note for s in steps[:2]] == ["", "added after the plan because of: dearer gradients"]
+    assert [s.note for s in steps[:2]] == ["", "added after the plan because of: other gradients"]
     assert steps[1].config.endswith(", gradients smooth")
-    assert guides.index("Smooth") > guides.index("Honest")
     assert guides[0] == "Honest"
-    assert [(t.chosen, t.deeper, t.after) for t in record.header.tactics][1:] == [
-        (True, False, ""),
-        (False, True, "honest"),
-    ]
-    text = mohs.reports.text(record)
-    assert "Dearer ones, smooth, broke 2 of the 3 that were left" in text
+    assert "Smooth" in guides
+    assert [(t.chosen, t.second) for t in record.header.tactics][1:] == [(True, False), (False, True), (False, False)]
+    (said,) = [f for f in record.header.checks if f.id == "second-gradients"]
+    assert said.saw.startswith("Done: APGD-50")
+    assert "gradients smooth broke" in said.saw
+    assert "took them smooth, which broke 2 of the 3 that were left" in mohs.reports.text(record)
+
+
+def test_nothing_is_announced_that_does_not_run(data: mohs.data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice, model = other_gradients()
+    monkeypatch.setattr(tactics, "choose", lambda *a, **k: choice)
+    record = mohs.evaluate(model, data.take(8), Threat(mohs.Linf(0.1), queries=20), plan=plan(), control=0)
+    assert len(record.header.plan.steps) == 1
+    assert not any(t.second for t in record.header.tactics)
+    assert not any(f.id == "second-gradients" for f in record.header.checks)
+    assert "smooth" not in mohs.reports.text(record).split("Gradients: ")[1].split("\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("plain", "other", "severity"), [(4, 4, "warn"), (0, 5, "warn"), (0, 0, "block"), (3, 0, "warn")]
+)
+def test_a_block_stands_only_where_nothing_broke_anything(plain: int, other: int, severity: str) -> None:
+    blocked = mohs.records.Finding(id="zero-gradient", name="zero", severity="block", saw="", means="", remedy="")
+    mild = tactics.Tactic("mild")
+    trials = tactics.Trial(tactics.PLAIN, plain, 32, 0.0, 1), tactics.Trial(mild, other, 32, 0.0, 1)
+    (found,) = tactics.remedied([blocked], tactics.Choice(mild if other > plain else tactics.PLAIN, trials))
+    assert found.severity == severity

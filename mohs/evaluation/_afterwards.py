@@ -31,6 +31,8 @@ from mohs.threat import Access
 if TYPE_CHECKING:
     from mohs.evaluation._stages import Evaluation
 
+SECOND = "other gradients on the survivors"
+"""What an attack is called in the findings that takes the gradients left over for them."""
 SHARE = 0.125
 """Share of the survivors that a further attack takes first; it goes on while it breaks some (``_order.WORTH``)."""
 DOUBLINGS = 2
@@ -60,10 +62,10 @@ def review(run: Evaluation) -> list[Finding]:
     for id_, (_, function) in AFTERWARDS.items():
         seen[id_] = _looked(function, looked)
     done: dict[str, list[str]] = {}
+    others = ""
     if run.settings.adaptive != "off" and not looked.closed:
         ladder = _Ladder(run, looked)
-        if run.choice.deeper is not None:
-            ladder.deeper(run.choice.deeper)
+        others = ladder.second(run.choice)
         for id_ in NOT_ENOUGH:
             for times in range(1, DOUBLINGS + 1):
                 if seen[id_].severity != "warn":
@@ -91,7 +93,8 @@ def review(run: Evaluation) -> list[Finding]:
         for id_ in NOT_ENOUGH if loud else ():
             _again(run, id_, seen, planned)
     run.notify("checks after the plan", 1, 1, 0)
-    return [_finding(id_, AFTERWARDS[id_][0], seen[id_], done.get(id_, [])) for id_ in AFTERWARDS]
+    found = [_finding(id_, AFTERWARDS[id_][0], seen[id_], done.get(id_, [])) for id_ in AFTERWARDS]
+    return [*found, _finding("second-gradients", SECOND, Seen("info", others), [])] if others else found
 
 
 def of_curves(record: records.Record) -> list[Finding]:
@@ -165,14 +168,15 @@ class _Ladder:
         """An attack whose steps set themselves."""
         return self._rung(_sound(self.run), reason, share=SHARE)
 
-    def deeper(self, tactic: tactics.Tactic) -> str:
-        """With gradients that were too dear for the whole plan."""
-        run, kept = self.run, (self.run.choice, self.run.guide)
-        run.choice, run.guide = tactics.Choice(tactic), tactic.guide(run.model)
-        try:
-            return self._rung(_sound(run), "dearer gradients", share=SHARE, note=f", gradients {tactic.name}")
-        finally:
-            run.choice, run.guide = kept
+    def second(self, choice: tactics.Choice) -> str:
+        """One more attack, with the gradients that a choice left for those whom the plan does not break."""
+        if choice.second is None:
+            return ""
+        note = f", gradients {choice.second.name}"
+        said = self._rung(_sound(self.run), "other gradients", share=SHARE, note=note, tactic=choice.second)
+        if said:
+            self.run.run.update(tactics=tactics.noted(choice, second=True))
+        return said
 
     def suspicion(self, loud: list[str]) -> list[str]:
         """Other gradients, then none, then those of other nets."""
@@ -200,11 +204,13 @@ class _Ladder:
         run = self.run
         believe = run.settings.adaptive == "declared"
         choice = tactics.choose(run.probe, [], run.threat, run.seed, run.batch, believe=believe, suspicious=True)
-        if choice.tactic.make is None and choice.tactic.average is None:
-            return f"Tried: {len(choice.trials) - 1} other ways to get gradients; none broke clearly more."
         run.choice, run.guide = choice, choice.tactic.guide(run.model)
         run.run.update(tactics=tactics.noted(choice))
-        return self._rung(_sound(run), reason, share=SHARE, note=f", gradients {choice.tactic.name}")
+        if choice.tactic.make is None and choice.tactic.average is None:
+            said = f"Tried: {len(choice.trials) - 1} other ways to get gradients; none was worth more."
+        else:
+            said = self._rung(_sound(run), reason, share=SHARE, note=f", gradients {choice.tactic.name}")
+        return " ".join(text for text in (said, self.second(choice)) if text)
 
     def _transfer(self, reason: str, white: bool) -> str:
         """With the gradients of the model without its defense, or of a student where there is none."""
@@ -229,9 +235,10 @@ class _Ladder:
 
     def _rung(
         self, attack: Any, reason: str, share: float = 1.0, restarts: int = 1, guide: nn.Module | None = None, note: str = "",
-        like: PlanStep | None = None,
+        like: PlanStep | None = None, tactic: tactics.Tactic | None = None,
     ) -> str:  # fmt: skip
-        """One further attack on the survivors, with aims and start like those of a step; answers what it broke."""
+        """One further attack on the survivors, with aims and start like those of a step, and other gradients where a guide or a
+        tactic is given; answers what it broke."""
         run, before = self.run, self._left()
         if not before:
             return ""
@@ -246,8 +253,11 @@ class _Ladder:
             )
         )  # fmt: skip
         run.run.update(plan=self.base.model_copy(update={"steps": [*self.base.steps, *self.added]}))
-        kept = run.guide
-        run.guide = kept if guide is None else guide
+        kept = run.choice, run.guide
+        if tactic is not None:
+            run.choice, run.guide = tactics.Choice(tactic), tactic.guide(run.model)
+        elif guide is not None:
+            run.guide = guide
         stopped = ""
         try:
             run.attack(len(run.steps) - 1, step, attack, run.seen)
@@ -256,7 +266,7 @@ class _Ladder:
         except FAILURES as error:  # what the plan found stands without it
             stopped = f" It then stopped: {gist(error)}."
         finally:
-            run.guide = kept
+            run.choice, run.guide = kept
         return f"Done: {step.label}{note} broke {before - self._left()} of {before} survivors.{stopped}"
 
 

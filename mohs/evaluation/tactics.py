@@ -61,8 +61,8 @@ PLAIN = Tactic("gradients as they are")
 class Trial:
     """What a tactic broke of the ``n`` examples it was tried on, the mean margin that was left, and the passes it took.
 
-    ``left`` are the examples it did not break, ``each`` what it spent on each of them; ``after`` names the tactic whose ``left``
-    it was tried on (empty: on all).
+    ``left`` are the examples it did not break, ``each`` the passes of one that took all steps; ``after`` names the tactic whose
+    ``left`` it was tried on (empty: on all).
     """
 
     tactic: Tactic
@@ -74,6 +74,7 @@ class Trial:
     left: tuple[int, ...] = ()
     each: float = 0.0
     after: str = ""
+    steps: int = STEPS
 
     @property
     def rank(self) -> tuple[int, float]:
@@ -85,12 +86,12 @@ class Trial:
 class Choice:
     """The tactic that guides the plan, and every trial that led to it (none: nothing was suspect).
 
-    ``deeper``: dearer gradients, worth their price only on the examples that the plan does not break.
+    ``second``: other gradients, for one more attack on the examples that the plan does not break.
     """
 
     tactic: Tactic
     trials: tuple[Trial, ...] = ()
-    deeper: Tactic | None = None
+    second: Tactic | None = None
 
 
 def choose(
@@ -142,32 +143,34 @@ def choose(
                 break
     except FAILURES as error:
         trials.append(Trial(Tactic("layer by layer"), 0, len(x), -math.inf, 0, gist(error), tuple(range(len(x)))))
-    best, deeper = _best(trials), None
+    best, second = _best(trials), None
     nothing = min(trials[0].broken + CLEARLY, len(x) // 2)
     if suspect and best.broken < ENOUGH * len(x):
         sigma = spread(threat, x)
-        best, deeper = _dearer(Tactic(_joined(best.tactic, "smoothed"), _smoothed(best.tactic, sigma), 1), best, tried)
-        if deeper is None and not best.after and best.broken < nothing:
+        best, second = _dearer(Tactic(_joined(best.tactic, "smoothed"), _smoothed(best.tactic, sigma), 1), best, tried)
+        if not best.after and best.broken < nothing:
             around = partial(FiniteDifference, sigma=sigma, draws=24)
-            best, deeper = _dearer(Tactic("finite differences", around, 1), best, tried)
-    return Choice(best.tactic, tuple(trials), deeper)
+            best, other = _dearer(Tactic("finite differences", around, 1), best, tried)
+            second = other or second
+    return Choice(best.tactic, tuple(trials), second)
 
 
 def _dearer(tactic: Tactic, best: Trial, tried: Callable[..., Trial]) -> tuple[Trial, Tactic | None]:
     """Is the tactic worth its price? It is tried on what the best one leaves, beside the best one with steps for the same price.
 
-    One that adds more than the best one broke, and clearly more than the further steps, guides the plan. One that adds less is
-    kept for those whom the plan does not break, unless the further steps add clearly more than it does.
+    Answers what guides the plan, and what is left for those whom the plan does not break. A tactic that adds more than the best
+    one broke, and clearly more than the further steps, guides the plan, and the one that was best is left for the others; one
+    that adds less is left for the others itself, unless the further steps add clearly more than it does.
     """
-    deep, longer = tried(tactic, best), 0
-    if deep.broken < CLEARLY:
+    dear, longer = tried(tactic, best), 0
+    if dear.broken < CLEARLY:
         return best, None
     if not best.error:
-        steps = max(round(STEPS * deep.each / max(best.each, 1)), STEPS)
+        steps = max(round(STEPS * dear.each / max(best.each, 1)), STEPS)
         longer = tried(replace(best.tactic, name=f"{best.tactic.name}, {steps} steps"), best, steps).broken
-    if deep.broken > best.broken and deep.broken >= longer + CLEARLY:
-        return deep, None
-    return best, None if longer >= deep.broken + CLEARLY else tactic
+    if dear.broken > best.broken and dear.broken >= longer + CLEARLY:
+        return dear, best.tactic if best.broken else None
+    return best, None if longer >= dear.broken + CLEARLY else tactic
 
 
 def _candidates(
@@ -221,7 +224,7 @@ def trial(
     passes, left = out.forwards + out.backwards, ~out.success
     return Trial(
         tactic, int(out.success.sum()), len(x), float(out.margin.clamp(min=-1e30).mean()), int(passes.sum()),
-        left=tuple(left.nonzero().flatten().tolist()), each=float((passes[left] if bool(left.any()) else passes).double().mean()),
+        left=tuple(left.nonzero().flatten().tolist()), each=float(passes.max()),
     )  # fmt: skip
 
 
@@ -276,7 +279,7 @@ def remedied(findings: Sequence[records.Finding], choice: Choice) -> list[record
         return list(findings)
     first, chosen = choice.trials[0], next(t for t in choice.trials if t.tactic is choice.tactic)
     if chosen is first:
-        others = sum(t.tactic not in (choice.tactic, choice.deeper) for t in choice.trials)
+        others = sum(t.steps == STEPS and t.tactic not in (choice.tactic, choice.second) for t in choice.trials)
         done = (
             f"Tried: {others} other ways to get gradients; none was worth more than the gradients as they are, which broke "
             f"{first.broken} of {first.n} examples."
@@ -287,11 +290,7 @@ def remedied(findings: Sequence[records.Finding], choice: Choice) -> list[record
             f"Done: all attacks take their gradients {chosen.tactic.name}. That broke {chosen.broken} of {left}; as they are, "
             f"{first.broken} of {first.n}."
         )
-    if choice.deeper is not None:
-        deep = next(t for t in choice.trials if t.tactic is choice.deeper)
-        won = f"which broke {deep.broken} of the {deep.n} left"
-        done += f" Gradients {deep.tactic.name}, {won}, guide one more attack on the survivors."
-    works = chosen is not first
+    works = any(t.broken for t in choice.trials)
     mended = []
     for finding in findings:
         if finding.id in REMEDIED and finding.severity in ("warn", "block"):
@@ -301,12 +300,13 @@ def remedied(findings: Sequence[records.Finding], choice: Choice) -> list[record
     return mended
 
 
-def noted(choice: Choice) -> list[records.Tactic]:
-    """The trials as a record holds them."""
+def noted(choice: Choice, second: bool = False) -> list[records.Tactic]:
+    """The trials as a record holds them; ``second``: did the choice's other gradients guide an attack on the survivors?"""
     return [
         records.Tactic(
             name=t.tactic.name, against=t.tactic.against, broken=t.broken, n=t.n, passes=t.passes,
-            chosen=t.tactic is choice.tactic, deeper=t.tactic is choice.deeper, after=t.after, error=t.error,
+            chosen=t.tactic is choice.tactic, second=second and t.tactic is choice.second, after=t.after, steps=t.steps,
+            error=t.error,
         )
         for t in choice.trials
     ]  # fmt: skip

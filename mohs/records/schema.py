@@ -140,10 +140,9 @@ class Tactic(_Part):
     n: int = Field(ge=0, description="examples it was tried on")
     passes: int = Field(default=0, ge=0)
     chosen: bool = Field(default=False, description="did it guide the attacks?")
-    deeper: bool = Field(
-        default=False, description="did it guide a further attack on the survivors, its price being high?"
-    )
+    second: bool = Field(default=False, description="did it guide one more attack, on those who survived the plan?")
     after: str = Field(default="", description="the one whose unbroken examples it was tried on; empty: on all")
+    steps: int = Field(default=0, ge=0, description="of the attack that tried it")
     error: str = Field(default="", description="why it could not run")
 
 

@@ -171,15 +171,13 @@ def tactics(header: Header) -> str:
     if chosen is None:
         return ""
     first = header.tactics[0]
-    deeper = next((t for t in header.tactics if t.deeper), None)
-    more = (
-        ""
-        if deeper is None
-        else f" Dearer ones, {deeper.name}, broke {deeper.broken} of the {deeper.n} that were left, and guided one more attack on the "
-        "survivors."
+    second = next((t for t in header.tactics if t.second), None)
+    tried = (
+        "" if second is None or not second.after else f", which broke {second.broken} of the {second.n} that were left"
     )
+    more = "" if second is None else f" One more attack on the survivors took them {second.name}{tried}."
     if chosen == first:
-        others = sum(not t.chosen and not t.deeper for t in header.tactics)
+        others = sum(t.steps == first.steps and not t.chosen and not t.second for t in header.tactics)
         return (
             f"The model's gradients were suspect. Of {others} other ways to get them, tried with a short attack, "
             f"none was worth more than the gradients as they are, which broke {first.broken} of {first.n} examples.{more}"
