@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from mohs.records import clopper_pearson, finite_bounds, finite_sequence, mean_bounds, median_interval
-from mohs.records.anytime import confidence_sequence
+from mohs.evaluation.confirmation import ALPHA as CONFIRMED
+from mohs.evaluation.confirmation import needed
+from mohs.evaluation.evidence import Counts
+from mohs.records import clopper_pearson, finite_bounds, finite_sequence, median_interval
+from mohs.records.anytime import confidence_sequence, log_capital
 
 from .measure import table
 from .simulated import ALPHA, RUNS, SIZES, TOTAL, N, decks, paths, sizes
@@ -28,7 +31,7 @@ def run(options: Options) -> Iterator[str]:
         f"{3 * math.sqrt(ALPHA * (1 - ALPHA) / RUNS):.4f}. The last lines break the promise on purpose: bounds for a fixed n, "
         "looked at after every example."
     )
-    rows = [*_sequences(), *_fixed(), *_finite(), *_means(), *_medians(), *_peeking()]
+    rows = [*_sequences(), *_fixed(), *_finite(), *_means(), *_confirmed(), *_medians(), *_peeking()]
     head = ["what", "truth", "wrong below", "wrong above", "median n at the verdict"]
     options.keep("simulations", [dict(zip(head, row, strict=True)) for row in rows])
     yield table(head, rows)
@@ -93,15 +96,34 @@ def _finite() -> Iterator[list[object]]:
 
 
 def _means() -> Iterator[list[object]]:
-    few = RUNS // 10  # each of these takes a root search
+    """The bounds of ``mean_bounds`` pass the truth when, and as long as, the gambler who bets against it is rich enough."""
     rng = np.random.default_rng(7)
     for name, x, truth in (
-        ("shares of five draws", rng.binomial(5, 0.7, (few, ROWS)) / 5, 0.7),
-        ("u-shaped", rng.beta(0.2, 0.1, (few, ROWS)), 2 / 3),
+        ("shares of five draws", rng.binomial(5, 0.7, (RUNS, ROWS)) / 5, 0.7),
+        ("u-shaped", rng.beta(0.2, 0.1, (RUNS, ROWS)), 2 / 3),
     ):
-        bounds = np.array([mean_bounds(row, ALPHA, 1) for row in x])
-        label = f"mean score of {ROWS}, {name} ({few:,} runs)"
-        yield [label, f"{truth:.3f}", _share(bounds[:, 0] > truth), _share(bounds[:, 1] < truth), "-"]
+        below, above = ([_ever_rich(row, m) for row in values] for values, m in ((x, truth), (1 - x, 1 - truth)))
+        label = f"mean score, any n up to {ROWS}, {name}"
+        yield [label, f"{truth:.3f}", _share(np.array(below)), _share(np.array(above)), "-"]
+
+
+def _ever_rich(x: NDArray[np.float64], m: float) -> bool:
+    return bool((log_capital(x, m, ALPHA) >= -math.log(ALPHA)).any())
+
+
+def _confirmed() -> Iterator[list[object]]:
+    """Robust accuracy of random models: every example that withstands is attacked with points that are wrong in exactly half
+    of their draws, the hardest that withstanding allows, and all others are broken."""
+    rng = np.random.default_rng(11)
+    draws, looks, n = 100, 10, 100
+    for p in SHARES:
+        robust = rng.binomial(n, p, RUNS)
+        wrong = rng.binomial(draws, 0.5, (int(robust.sum()), looks))
+        luck = (wrong >= [needed(draws, look + 1) for look in range(looks)]).any(1)
+        survived = robust - np.bincount(np.repeat(np.arange(RUNS), robust)[luck], minlength=RUNS)
+        upper = np.array([Counts(threat="t", n=n, survived=k, error=CONFIRMED).kept for k in range(n + 1)])[survived]
+        label = f"random model, n = {n}, {looks} looks at each example"
+        yield [label, p, "-", _share(upper < p), "-"]
 
 
 def _medians() -> Iterator[list[object]]:
