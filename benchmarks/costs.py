@@ -18,6 +18,11 @@ Adaptive = Literal["declared", "blind", "off"]
 THREAT, PLAN = "linf:0.1", "standard"
 NET = "bundled:fashion-pgd"
 DEFENSES = ("bit-depth:3", "jpeg:75", "median-blur", "k-winners", "logit-rounding:1", "detach", "gradient-truncation")
+RANDOM = (
+    "noise-input:0.1",
+    "random-resize-pad",
+)  # only their checks: an evaluation scores them on draws, at another price
+FORWARDS, TIMES = 20.0, 2.0  # the bars: of the checks, per example of the sample; of an evaluation, over the undefended
 
 
 def run(options: Options) -> Iterator[str]:
@@ -29,11 +34,18 @@ def run(options: Options) -> Iterator[str]:
         "backward to the input; padding included. A survivor is an example that no attack broke."
     )
     checks = []
-    for text in ("", *DEFENSES):
+    for text in ("", *DEFENSES, *RANDOM):
         counted = Counted(_behind(text)).eval()
         mohs.check(counted, data, THREAT)
         looked = min(len(data), 64)
-        checks.append([text or "no defense", counted.forwards, f"{counted.forwards / looked:.1f}", counted.backwards])
+        checks.append(
+            [
+                text or "no defense",
+                counted.forwards,
+                _held(counted.forwards / looked, FORWARDS, ".1f"),
+                counted.backwards,
+            ]
+        )
     yield table(["checks of", "forwards", "forwards per example of the sample of 64", "backwards"], checks)
     rows, bare = [], 0.0
     for text in ("", *DEFENSES):
@@ -43,11 +55,21 @@ def run(options: Options) -> Iterator[str]:
             each = spent / max(left, 1)
             bare = bare or each
             rows.append([
-                f"{text or 'no defense'}, {adaptive}", f"{left}/{len(data)}", f"{spent:,}", f"{each:.0f}", f"{each / bare:.2f}",
+                f"{text or 'no defense'}, {adaptive}", f"{left}/{len(data)}", f"{spent:,}", f"{each:.0f}",
+                _held(each / bare, TIMES, ".2f"),
             ])  # fmt: skip
     head = ["evaluation", "survivors", "passes", "passes per survivor", "over the undefended"]
     options.keep("costs", [dict(zip(head, row, strict=True)) for row in rows])
     yield table(head, rows)
+
+
+def _held(value: float, bar: float, form: str) -> str:
+    """A number, and whether it passes its bar.
+
+    >>> _held(2.004, 2.0, ".2f"), _held(1.5, 2.0, ".2f")
+    ('2.00 MISSED: above 2', '1.50')
+    """
+    return f"{value:{form}}" + (f" MISSED: above {bar:g}" if value > bar else "")
 
 
 def _behind(text: str) -> nn.Module:

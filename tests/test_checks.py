@@ -140,6 +140,19 @@ class TestNoTraces:
         # 1 base, 5 for randomness, 2 for coupling, 1 with a graph, 1 step along it; 8 alone; the rest of 256
         assert sorted(rows) == [1] * 8 + [64] * 10 + [192]
 
+    def test_a_random_model_costs_less_than_20_forwards_per_example(self) -> None:
+        rows = []
+
+        def count(x: Tensor) -> Tensor:
+            rows.append(len(x))
+            return x + 0.01 * torch.randn_like(x)
+
+        x = images(300)
+        check(Wrapped(before=count), (x, torch.zeros(300).long()), "linf:0.1")
+        # 1 base, 5 for randomness, 1 with a graph; 19 more graphs and 8 pairs before and after the step, of 16 rows each
+        assert sorted(rows) == [16] * 35 + [64] * 7 + [192]
+        assert sum(rows) < 20 * 64
+
 
 class TestRefusals:
     def test_a_model_that_raises(self) -> None:

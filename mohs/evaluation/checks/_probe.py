@@ -137,19 +137,20 @@ class Probe:
         """Input gradients of (logit margin, plain cross-entropy) of the model's own answers, [n, D] each."""
         return self.slopes()
 
-    def slopes(self) -> tuple[Tensor, Tensor]:
-        """The same, taken anew: for a random model, those of another draw."""
-        pieces = [self._gradient_pair(part) for part in self.x.split(self.batch or len(self.x))]
+    def slopes(self, x: Tensor | None = None, guide: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """The same, taken anew: for a random model, those of another draw; at other inputs, or of a ``guide`` of the model."""
+        x = self.x if x is None else x
+        pieces = [self._gradient_pair(part, guide or self.model) for part in x.split(self.batch or len(x))]
         own, likelihood = zip(*pieces)
         return torch.cat(own), torch.cat(likelihood)
 
-    def _gradient_pair(self, part: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradient_pair(self, part: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
         rows = len(part)
         if self.batch is not None:
             part = part[torch.arange(self.batch, device=part.device).clamp_max(rows - 1)]
         x = part.detach().clone().requires_grad_(True)
         with torch.enable_grad():
-            graph = classify(self.model, x)
+            graph = classify(model, x)
         if not graph.requires_grad:
             raise _NoGradientError("the logits are detached from the input")
         logits = graph.detach()
