@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mohs.evaluation.checks import _where
 from mohs.evaluation.checks._probe import Probe, relative
 from mohs.evaluation.checks._seen import Seen, ok
 from mohs.threat import Access
 
+WATCHED = 2
+"""Sample rows whose way through a random model is followed layer by layer."""
 ALONE = 8
 """Sample rows looked at with nothing else in the batch."""
 
@@ -86,7 +89,8 @@ def few_classes(probe: Probe) -> Seen:
 
 
 def randomness(probe: Probe) -> Seen:
-    """Does the same input get the same answer? 5 passes: 3 repeats, and 2 on inputs with small noise."""
+    """Does the same input get the same answer? 5 passes: 3 repeats, and 2 on inputs with small noise; 2 more of 2
+    rows find the layer that differs."""
     clean, noisy, flips = probe.spread
     if not probe.random:
         return ok(
@@ -97,6 +101,9 @@ def randomness(probe: Probe) -> Seen:
         f"logits of the same input differ by up to {max(clean, noisy):.2g} (relative), and {flips} of {len(probe.x)} "
         f"answers flip{where}"
     )
+    rows = (probe.x if clean > 1e-5 else probe.noisy)[:WATCHED]
+    if origin := _where.differing(probe.model, rows):
+        saw += f"; the first difference arises {origin}"
     if probe.threat.draws:
         return Seen(
             "info", saw,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mohs.errors import rows_text
+from mohs.evaluation.checks import _where
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen, Severity, ok, untested
 from mohs.models import BlackBox
@@ -62,7 +63,8 @@ def no_gradient(probe: Probe) -> Seen:
 
 
 def zero_gradient(probe: Probe) -> Seen:
-    """Is the gradient finite, and not zero? Shares the passes of ``no_gradient``."""
+    """Is the gradient finite, and not zero? Shares the passes of ``no_gradient``; where it is zero, up to 10 of 4 rows more find
+    the layers that lose it."""
     if probe.graph_error:
         return untested("there is no gradient")
     own, likelihood = probe.gradients
@@ -91,6 +93,8 @@ def zero_gradient(probe: Probe) -> Seen:
             "Distrust results of tools that use the plain cross-entropy.",
         )  # fmt: skip
     severity: Severity = "warn" if zero < 0.95 else "block"
+    where = _where.zeroed(probe, flat.nonzero().flatten())
+    saw += f"; it is lost {where}" if where else ""
     return Seen(
         severity if white else "info", saw,
         "Where the gradient is truly zero, an attack that follows it stays put. That is masking, no robustness.",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs.evaluation._quiet import untouched
+from mohs.evaluation.checks import _where
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen, ok, untested
 from mohs.problem import Goal
@@ -44,6 +45,10 @@ def kept_promise(probe: Probe) -> Seen:
     )
     if low >= LEAST and high <= MOST:
         return ok(saw)
+    # of a random model that would take dozens of passes
+    where = "" if probe.random else _where.breaking(probe, min(ROWS, len(own)), lambda *how: _keeps(probe, *how))
+    if where:
+        saw += f"; it keeps its promise where it is handed on unchanged {where}"
     if middle < LEAST:
         means = (
             "The gradient is not the slope of the answers: noise, a wrong backward pass, or a slope that ends at once. Steps "
@@ -60,6 +65,13 @@ def kept_promise(probe: Probe) -> Seen:
         "Take gradients that look further: mohs.gradients.Smooth or FiniteDifference, or Through the layer that shatters "
         "them. Evaluations try these by themselves.",
     )  # fmt: skip
+
+
+def _keeps(probe: Probe, guide: nn.Module | None, rows: int) -> bool:
+    """Do the gradients of a guide keep their promise at most of these rows?"""
+    kept = promise_kept(probe, rows, guide)
+    low, high = kept.nan_to_num_(nan=0.0).quantile(kept.new_tensor([0.25, 0.75])).tolist()
+    return low >= LEAST and high <= MOST
 
 
 def promise_kept(probe: Probe, rows: int | None = None, guide: nn.Module | None = None) -> Tensor:
