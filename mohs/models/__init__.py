@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mohs.models.blackbox import BlackBox
+from mohs.models.code import code_hash
 from mohs.models.loading import available, bundled_info, is_url, load, loading_notes, save_bundled
 from mohs.models.nets import NETS, fc_500_150_10, lenet, linear, normalized, small_cnn
 from mohs.models.served import Served
@@ -14,6 +15,7 @@ __all__ = [
     "Served",
     "available",
     "bundled_info",
+    "code_hash",
     "fc_500_150_10",
     "is_url",
     "lenet",
