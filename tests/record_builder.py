@@ -47,6 +47,7 @@ def header(n: int = 40, shape: tuple[int, ...] = (1, 12, 12), **fields: Any) -> 
             spec="bundled:plain",
             arch="Conv(1, 16) ReLU Conv(16, 32) ReLU Linear(1568, 100) ReLU Linear(100, 10)",
             weights_sha256="ab" * 32,
+            code_sha256="ef" * 32,
             parameters=166_406,
             classes=10,
         ),

@@ -96,6 +96,8 @@ def record(rec: Record) -> None:
     verdict = rec.verdict
     text = verdict.sentence if verdict is not None else rec.describe()
     title = verdict.word.upper() if verdict is not None else "NO CLAIM"
+    if verdict is not None and verdict.grade:
+        title += f", grade {verdict.grade}"
     colour = COLOURS.get(verdict.word, "blue") if verdict is not None else "blue"
     out.print(Panel(escape(text), title=f"[bold {colour}]{title}[/]", title_align="left", border_style=colour))
 
@@ -123,6 +125,10 @@ def replayed(rec: Record, seen: Replayed) -> None:
     from mohs.reports import words
 
     model = "the recorded weights" if seen.same_model else "OTHER weights than the recorded ones"
+    if seen.same_code is False:
+        model = (
+            "OTHER code than the recorded one" if seen.same_weights else "OTHER weights and code than the recorded ones"
+        )
     if words.black_box(rec.header):
         model = "the black box of the recorded name" if seen.same_model else "ANOTHER model than the recorded one"
     say(

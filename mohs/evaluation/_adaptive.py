@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ from mohs.threat import Access
 
 if TYPE_CHECKING:
     from mohs.evaluation._stages import Evaluation
+
+SUSPECT = ("no-gradient", "zero-gradient", "gradient-promise", "output-type", "randomness")
+"""Checks that ask for another way to get gradients, or for fresh draws."""
 
 
 def look(run: Evaluation, stated_accuracy: float | None) -> None:
@@ -55,6 +59,15 @@ def findings(run: Evaluation) -> list[records.Finding]:
         run.choice = tactics.choose(run.probe, seen, run.threat, run.seed, run.batch, believe=believe)
         run.guide = run.choice.tactic.guide(run.model)
         return tactics.remedied(seen, run.choice)
+
+
+def naive(run: Evaluation, findings: Sequence[records.Finding]) -> str:
+    """Why attacks that were told not to adapt uphold nothing; '' where they adapted, or had nothing to adapt to."""
+    if run.settings.adaptive != "off":
+        return ""
+    declared = ", ".join(type(d).__name__ for d in defenses.declared(run.model).defenses)
+    suspect = [f.name for f in findings if f.id in SUSPECT and f.severity in ("warn", "block")]
+    return "; ".join([f"the model declares {declared}"] * bool(declared) + [f"not quiet: {n}" for n in suspect])
 
 
 def exam_of_plan(run: Evaluation) -> list[records.Finding]:

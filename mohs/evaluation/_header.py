@@ -45,6 +45,14 @@ BLACK_BOX = (
 """What the record of another black box cannot say."""
 
 
+NAIVE = (
+    "The attacks were not adapted to this model (adaptive='off'), though a defense is declared or a check found its gradients wanting: "
+    "the surviving share is not that of an adaptive evaluation, and no claim is upheld by it. Evaluate with adaptive='declared' or "
+    "'blind'."
+)
+"""What survival means where the attacks took no account of what hides the gradients."""
+
+
 def _limits(model: nn.Module) -> list[str]:
     kinds = {type(m) for m in model.modules() if isinstance(m, BlackBox)}
     served = any(issubclass(kind, Served) for kind in kinds)
@@ -87,7 +95,8 @@ def identity(run: Evaluation, **more: str) -> str:
         more |= {"until": str(run.claim)}
     return records.identity_of(
         {
-            "model": run.weights, "architecture": repr(run.model), "data": run.data.hash, "threat": run.threat.to_dict(),
+            "model": run.weights, "code": run.code, "architecture": repr(run.model), "data": run.data.hash,
+            "threat": run.threat.to_dict(),
             "plan": [s.model_dump() for s in _parts(run)], "certificates": [repr(c) for c in run.certificates],
             "version": mohs.__version__, **settings, **more,
         }
@@ -102,9 +111,9 @@ def of_run(
     parameters = list(model.parameters())
     return records.Header(
         identity=identity(run), command=command, seed=settings.seed, batch=settings.batch, stated_accuracy=stated_accuracy,
-        until=settings.until, sealed=sealed,
+        until=settings.until, adaptive=settings.adaptive, sealed=sealed,
         subject=records.Subject(
-            spec=subject, arch=repr(model)[:2000], weights_sha256=run.weights, classes=max(run.classes, 1),
+            spec=subject, arch=repr(model)[:2000], weights_sha256=run.weights, code_sha256=run.code, classes=max(run.classes, 1),
             reject=settings.reject,
             parameters=sum(p.numel() for p in parameters),
             dtype=str(parameters[0].dtype).removeprefix("torch.") if parameters else "float32",

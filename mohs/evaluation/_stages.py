@@ -29,6 +29,7 @@ from mohs.evaluation._rejection import rejection
 from mohs.evaluation.checks import Probe
 from mohs.evaluation.plans import Plan, PlanStep
 from mohs.models import weights_hash
+from mohs.models.code import code_parts, hash_of_parts
 from mohs.problem import Goal
 from mohs.target import classify
 from mohs.threat import Threat
@@ -66,8 +67,10 @@ class Evaluation:
         self.seed, self.batch = settings.seed, settings.batch
         self.notify: Notify = notify or (lambda stage, done, total, broken: None)
         self.weights = weights_hash(model)  # before anything runs
+        code = code_parts(model)
         with torch.no_grad():
             self.logits = classify(model, padded(x[:1], self.batch)).shape[1] if len(x) else 0
+        self.code = hash_of_parts(code, code_parts(model))
         self.settings = settings = replace(settings, reject=rejection(model, self.logits, settings.reject))
         self.classes = self.logits - (settings.reject is not None)
         high = (y >= max(self.classes, 1)).nonzero().flatten().tolist()
@@ -167,6 +170,7 @@ class Evaluation:
         given = claims.of_record(
             self.claim, record, blocked=[f.name for f in findings if f.severity == "block"],
             untried=() if self.steps else self.plan.skipped(self.threat),
+            warned=[f.name for f in findings if f.severity == "warn"], naive=_adaptive.naive(self, findings),
             stopped=self.settings.until == "decided", total=len(self.data),
         )  # fmt: skip
         if self.settings.reject is None:
@@ -192,7 +196,7 @@ class Evaluation:
             return False
         header = self.run.header
         if header.ended_at is None and len(self.run.ledger.examples()) == block.stop:
-            verdict = self._verdict(self.run.record(), ())
+            verdict = self._verdict(self.run.record(), header.checks)
             if verdict is not None and verdict.word != "undecided":
                 self.run.update(ended_at=block.stop)
                 return True
@@ -208,6 +212,8 @@ class Evaluation:
                 f"The run ended after {record.n:,} of {len(self.data):,} examples, in an order fixed beforehand, {why}; bounds allow "
                 "for looking after each block. What ran after the plan ran on these examples alone."
             )
+        if _adaptive.naive(self, findings):
+            notes.append(_header.NAIVE)
         if self.settings.reject is not None:
             turned = int((record.examples.clean_label == self.settings.reject).sum())
             notes.append(

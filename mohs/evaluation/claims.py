@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,8 @@ def judge(claim: Claim | str, evidence: Evidence) -> Verdict:
     whatever attacks were chosen, however, and on these very examples; the lower bound of the certified proves. Both are
     one-sided bounds: a true claim is refuted, and a false one called certified, with probability at most alpha each. Of a
     random model, a confirmed break may be an error itself, for which the upper bound allows (``Counts.kept``). 'Upheld
-    so far' has no such rate, as the attacks may have been too weak. The same holds for sizes of changes and detections.
+    so far' has no such rate, as the attacks may have been too weak; instead it has a grade, A where every check is quiet and B where
+    some warn, if the evidence says what checks saw. The same holds for sizes of changes and detections.
 
     ======================  =====================================================  =========
     word                    when (the first that fits)                             exit code
@@ -48,6 +49,7 @@ def judge(claim: Claim | str, evidence: Evidence) -> Verdict:
     refuted                 upper bound of survivors < tau                         10
     certified               lower bound of the certified share >= tau              0
     upheld so far           lower bound of survivors >= tau, and an attack ran     0
+                            (not one that should have adapted and did not)
     undecided               otherwise                                              11
     ======================  =====================================================  =========
 
@@ -56,8 +58,11 @@ def judge(claim: Claim | str, evidence: Evidence) -> Verdict:
         evidence: of a kind that the claim needs: ``Counts`` for shares, ``Scores`` for single draws of random models, ``Sizes``
             for medians, ``Detections`` for detectors.
 
+    Numbers alone name no model: a verdict on them is a calculation. ``mohs.evaluate`` binds one to the hashes of weights, code and
+    data, and a change of any of them makes another run.
+
     Returns:
-        A ``Verdict``: word, sentence, exit code, ``lower`` (from certificates, None without) and ``upper``; no bounds
+        A ``Verdict``: word, sentence, exit code, grade, ``lower`` (from certificates, None without) and ``upper``; no bounds
         where a check blocks.
 
     Raises:
@@ -87,10 +92,27 @@ def judge(claim: Claim | str, evidence: Evidence) -> Verdict:
             "Undecided: no attack of the plan could run, so nothing was tried against the claimed "
             f"{claim.said} ({'; '.join(evidence.untried)}). "
         )
+    if evidence.naive and word == "upheld so far":
+        word = "undecided"
+        sentence = (
+            f"Undecided: the attacks were not adapted to the model ({evidence.naive}), so that none of them refuted the claimed "
+            f"{claim.said} says nothing. "
+        )
+    grade, why = _graded(evidence) if word == "upheld so far" else ("", "")
     return Verdict(
-        word=word, sentence=sentence + weighed.sentence, exit_code=EXIT[word], lower=weighed.proven, upper=weighed.high,
-        alpha=evidence.alpha,
+        word=word, sentence=sentence + weighed.sentence + why, exit_code=EXIT[word], grade=grade, lower=weighed.proven,
+        upper=weighed.high, alpha=evidence.alpha,
     )  # fmt: skip
+
+
+def _graded(evidence: Evidence) -> tuple[Literal["", "A", "B"], str]:
+    """How far the checks trust what is upheld, and the sentence that says so."""
+    if evidence.warned is None:
+        return "", ""
+    names = list(dict.fromkeys(evidence.warned))
+    if not names:
+        return "A", " Grade A: every check that ran is quiet."
+    return "B", f" Grade B: {'these checks warn' if len(names) > 1 else 'this check warns'}: {', '.join(names)}."
 
 
 def verdict(
@@ -201,8 +223,8 @@ def require(claim: Claim, certificates: Sequence[Any], *, rejects: bool = False)
 
 
 def of_record(
-    claim: Claim, record: records.Record, blocked: Sequence[str] = (), untried: Sequence[str] = (), *, stopped: bool = False,
-    total: int | None = None,
+    claim: Claim, record: records.Record, blocked: Sequence[str] = (), untried: Sequence[str] = (), *, naive: str = "",
+    warned: Sequence[str] | None = None, stopped: bool = False, total: int | None = None,
 ) -> Verdict:  # fmt: skip
     """The verdict on what a record holds; for claims that ``require`` lets pass.
 
@@ -219,10 +241,21 @@ def of_record(
         record: of an evaluation, complete or not.
         blocked: names of the checks that block.
         untried: why no attack of the plan could run, if none could.
+        naive: why attacks that did not adapt to the model uphold nothing.
+        warned: names of the checks that warn, for the grade; None: no checks looked.
         stopped: was the number of examples chosen while looking at the answers? Also true of a run that might have ended
             early and did not.
         total: size of the test set, for a claim about it. Default: the examples of the record are all there are.
+
+    Raises:
+        ClaimError: the record does not say by hashes which weights and which code it is of.
     """
+    subject = record.header.subject
+    if not (subject.weights_sha256 and subject.code_sha256):
+        raise ClaimError(
+            f"The record {record.dir} holds no hash of the model's {'code' if subject.weights_sha256 else 'weights'}, so nothing "
+            f"says of which model the claim '{claim}' is. Evaluate it again."
+        )
     random = int(record.header.threat.get("draws") or 0) > 0
     if isinstance(claim, Stability):
         wrong = int((~record.correct).sum())
@@ -231,7 +264,8 @@ def of_record(
     counts = Counts(
         threat=record.header.threat_text, n=record.n, survived=int(record.survived.sum()) + wrong, unattacked=wrong,
         certified=None if record.certified is None else int(record.certified.sum()), blocked=blocked, untried=untried,
-        total=(total or record.n) if getattr(claim, "here", False) else None, stopped=stopped, error=ALPHA * random,
+        naive=naive, warned=warned, total=(total or record.n) if getattr(claim, "here", False) else None, stopped=stopped,
+        error=ALPHA * random,
     )  # fmt: skip
     return judge(claim, counts)
 

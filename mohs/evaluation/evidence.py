@@ -24,12 +24,16 @@ class Evidence:
         threat: short form of what the adversary may do.
         blocked: names of the checks that block.
         untried: why no attack of the plan could run, if none could: then nothing is upheld.
+        naive: why the attacks, which did not adapt to the model, uphold nothing; empty if they adapted or had no need to.
+        warned: names of the checks that warn, for the grade of what is upheld; None where no checks looked: then there is none.
         alpha: error rate of each bound.
     """
 
     threat: str
     blocked: Sequence[str] = ()
     untried: Sequence[str] = ()
+    naive: str = ""
+    warned: Sequence[str] | None = None
     alpha: float = 0.05
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from mohs.errors import RecordError
 from mohs.evaluation._quiet import untouched
 from mohs.evaluation.confirmation import drawn, fresh, needed
 from mohs.models import weights_hash
+from mohs.models.code import code_parts, hash_of_parts
 from mohs.problem import Goal
 from mohs.records import Record
 from mohs.target import classify, rounding
@@ -27,7 +29,10 @@ class Replayed:
         confirmed: of these, inside region and box and answered wrongly.
         outside: (attack, example) of those outside the region or the box.
         right: (attack, example) of those the model answers rightly now.
-        same_model: do the weights have the recorded hash?
+        same_model: do the weights have the recorded hash, and the code too where ``same_code`` can tell?
+        same_weights: that of the weights alone.
+        same_code: has the code the recorded hash? None: the record has none, or is of another version of Python, which compiles to
+            other bytecode.
         other_draws: of a random model, why its draws are others than those of the run, so that a point which is wrong in little more
             than half of them may be answered rightly here though nobody changed anything; '' if they are the same.
     """
@@ -38,6 +43,8 @@ class Replayed:
     right: list[tuple[int, int]]
     same_model: bool
     other_draws: str = ""
+    same_weights: bool = True
+    same_code: bool | None = None
 
     @property
     def holds(self) -> bool:
@@ -68,6 +75,7 @@ def replay(record: Record, model: nn.Module) -> Replayed:
     threat = Threat.from_dict(record.header.threat)
     batch, reject = record.header.batch or 256, record.header.subject.reject
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    code = code_parts(model)
     points = confirmed = 0
     outside: list[tuple[int, int]] = []
     right: list[tuple[int, int]] = []
@@ -95,8 +103,19 @@ def replay(record: Record, model: nn.Module) -> Replayed:
             confirmed += int((inside & met).sum())
             outside += [(attack, int(i)) for i in ids[(~inside).cpu().numpy()]]
             right += [(attack, int(i)) for i in ids[(~met).cpu().numpy()]]
-    same, other = weights_hash(model) == record.header.subject.weights_sha256, _other_draws(record, threat, device)
-    return Replayed(points, confirmed, outside, right, same, other)
+    same_code = _same_code(record, code, model)
+    same = weights_hash(model) == record.header.subject.weights_sha256
+    other = _other_draws(record, threat, device)
+    return Replayed(points, confirmed, outside, right, same and same_code is not False, other, same, same_code)
+
+
+def _same_code(record: Record, before: dict[str, str], model: nn.Module) -> bool | None:
+    """Has the code the recorded hash, leaving out what the looks since ``before`` changed? None: that cannot be told."""
+    then = record.header.subject.code_sha256
+    python = tuple(record.header.environment.python.split(".")[:2])
+    if not then or platform.python_version_tuple()[:2] != python:
+        return None
+    return hash_of_parts(before, code_parts(model)) == then
 
 
 def _other_draws(record: Record, threat: Threat, device: torch.device) -> str:

@@ -252,11 +252,15 @@ class _Reader:
             for function in functions:
                 self._function(place, function)
             return " ".join(function.__qualname__ for function in functions)
-        if isinstance(value, nn.Module) and self._once(value):  # held in a list, say, so that it is no part of the model
+        if isinstance(value, nn.Module) and self._once(
+            value
+        ):  # held in a list, say, so that it is no part of the model
             self._modules(place, value)
             return f"module {weights_hash(value)}"
         kind = type(value).__qualname__
-        if isinstance(value, tuple | list | dict | set | frozenset | functools.partial) or dataclasses.is_dataclass(value):
+        if isinstance(value, tuple | list | dict | set | frozenset | functools.partial) or dataclasses.is_dataclass(
+            value
+        ):
             if (changed and isinstance(value, list | dict | set)) or id(value) in self.open or len(self.open) > DEPTH:
                 return kind
             self.open.append(id(value))
@@ -337,7 +341,8 @@ def _near(module: str, home: str = "") -> bool:
 def _bytecode(code: types.CodeType, doc: str | None = None) -> str:
     """A code object without what does not change its answers."""
     consts = [
-        "doc" if i == 0 and doc is not None and part == doc else _constant(part) for i, part in enumerate(code.co_consts)
+        "doc" if i == 0 and doc is not None and part == doc else _constant(part)
+        for i, part in enumerate(code.co_consts)
     ]
     head = f"{code.co_name} {code.co_argcount} {code.co_posonlyargcount} {code.co_kwonlyargcount} {code.co_flags}"
     names = f"{code.co_names} {code.co_freevars} {code.co_cellvars}"
@@ -361,4 +366,3 @@ def _tensor(value: Tensor) -> str:
     except (RuntimeError, TypeError, NotImplementedError):  # sparse, quantised or without storage
         return f"tensor {value.dtype} {list(value.shape)}"
     return f"tensor {flat.dtype} {list(flat.shape)} {content}"
-

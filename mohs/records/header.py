@@ -52,12 +52,15 @@ def header_differences(a: Header, b: Header) -> list[tuple[str, str, str]]:
     """List what two headers disagree on among the things results depend on, as (name, in a, in b)."""
     named = [
         ("model", a.subject.weights_sha256, b.subject.weights_sha256),
+        ("code", a.subject.code_sha256 or "unknown", b.subject.code_sha256 or "unknown"),
         ("arithmetic", a.subject.dtype, b.subject.dtype),
         ("data", a.data.hash, b.data.hash),
         ("threat", _threat_text(a, b), _threat_text(b, a)),
         ("plan", _plan_text(a, b), _plan_text(b, a)),
         ("seed", str(a.seed), str(b.seed)),
         ("batch", str(a.batch), str(b.batch)),
+        ("adaptive", a.adaptive, b.adaptive),
+        ("version of Python", *(h.environment.python.rpartition(".")[0] for h in (a, b))),
         ("version of Mohs", a.environment.mohs, b.environment.mohs),
         ("version of torch", a.environment.torch, b.environment.torch),
     ]

@@ -30,6 +30,9 @@ class Subject(_Part):
     spec: str = Field(description="how it was named on the command line, or the class of the module")
     arch: str = Field(default="", description="the layers in words")
     weights_sha256: str
+    code_sha256: str = Field(
+        default="", description="of the code and the plain settings of its modules; empty: of an older record"
+    )
     parameters: int = Field(ge=0, description="number of trainable and fixed numbers")
     classes: int = Field(ge=1)
     reject: int | None = Field(
@@ -103,6 +106,10 @@ class Verdict(_Part):
     word: Literal["refuted", "certified", "upheld so far", "undecided", "blocked"]
     sentence: str
     exit_code: int
+    grade: Literal["", "A", "B"] = Field(
+        default="",
+        description="of what is upheld so far. A: every check is quiet; B: some warn; empty: no checks looked",
+    )
     lower: float | None = Field(default=None, description="bound on what is claimed, from below, by proof")
     upper: float | None = Field(default=None, description="and from above")
     alpha: float = Field(default=0.05, gt=0, lt=1)
@@ -220,6 +227,11 @@ class Header(_Part):
     )
     ended_at: int | None = Field(
         default=None, description="examples after which the plan had decided the claim; None: it had not"
+    )
+    adaptive: Literal["declared", "blind", "off"] = Field(
+        default="declared",
+        description="how gradients were sought where the model hides them: with what defenses declare, without believing them, or "
+        "not at all",
     )
     sealed: Sealed | None = None
     verdict: Verdict | None = None

@@ -21,7 +21,7 @@ def text(record: Record) -> str:
     lines = []
     if record.verdict is not None:
         claim = f": claim '{header.claim.text}'" if header.claim else ""
-        lines += [f"{record.verdict.word.upper()}{claim}", record.verdict.sentence, ""]
+        lines += [f"{record.verdict.word.upper()}{words.graded(record.verdict)}{claim}", record.verdict.sentence, ""]
     lines += [record.describe(), ""]
     if record.n:
         lines += _bracket(record)
@@ -42,7 +42,11 @@ def text(record: Record) -> str:
                 lines.append(f"        do: {f.remedy}")
     if header.tactics:
         lines += ["", f"Gradients: {words.tactics(header)}"]
+    if header.adaptive != "declared":
+        lines += ["", f"Defenses: {words.ADAPTIVE[header.adaptive]}."]
     lines += ["", f"record    {record.dir}", f"model     {header.subject.spec}  {header.subject.weights_sha256[:16]}"]
+    if header.subject.code_sha256:
+        lines.append(f"code      {header.subject.code_sha256[:16]}")
     lines += [f"data      {header.data.spec}  n = {record.n:,}  {header.data.hash[:16]}"]
     if header.command:
         lines.append(f"command   {header.command}")

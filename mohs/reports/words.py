@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from mohs.records import Header, Record
+from mohs.records import Header, Record, Verdict
 
 REGIONS = {
     "linf": "every value of the input may change by at most the radius",
@@ -30,6 +30,12 @@ RANDOM = (
     "single draw, one query, is right at the strongest points found"
 )
 """Both ways in which a random model is scored."""
+ADAPTIVE = {
+    "declared": "where gradients are missing or mislead, other ways to get them are tried, with what defenses declare",
+    "blind": "where gradients are missing or mislead, other ways to get them are tried, without what defenses declare",
+    "off": "not adaptive: gradients are taken as the model gives them, whatever hides them",
+}
+"""How gradients were sought."""
 STANDING = {
     "refuted certified": "It speaks of the certificates that ran. Others may prove more of these examples.",
     "refuted detection": "Each input that the detector let pass is a success of the adversary, or it flags too many clean ones.",
@@ -47,6 +53,11 @@ def standing(header: Header) -> str:
         return ""
     kind = header.claim.kind if header.claim is not None else ""
     return STANDING.get(f"{header.verdict.word} {kind}") or STANDING.get(header.verdict.word, "")
+
+
+def graded(verdict: Verdict) -> str:
+    """The grade of what is upheld so far, to stand behind the word; '' where there is none."""
+    return f", grade {verdict.grade}" if verdict.grade else ""
 
 
 def claimed(header: Header) -> float | None:
