@@ -114,8 +114,9 @@ def check(
         DataError: inputs or labels are not tensors that an attack could use.
 
     Cost: for n = min(N, 64), 9 passes of n, up to 8 of one, 1 of min(N, 256) - n, and 2 backwards; 2 to 3 more passes
-    where the model is in training mode or has no gradient, and a few of 4 or 16 to name a layer. A random model takes 7 passes of n, 35 of min(N, 16) and 2 of two. With 256
-    examples that is at most 19 forwards for each of the 64. A ``batch`` larger than these is padded, and costs what it holds.
+    where the model is in training mode or has no gradient, and a few of 4 or 16 to name a layer. A random model takes 7 passes of
+    n, 35 of min(N, 16) and 2 of two. With 256 examples that is at most 19 forwards for each of the 64. A ``batch`` larger than
+    these is padded, and costs what it holds.
 
     >>> import mohs, torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Softmax(1)).eval()
