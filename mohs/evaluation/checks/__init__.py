@@ -26,6 +26,8 @@ from mohs.evaluation.checks import (
     _convergence,
     _gradient,
     _inputs,
+    _precision,
+    _seed,
     _slope,
     _validity,
 )
@@ -43,8 +45,10 @@ CHECKS: dict[str, tuple[str, Callable[[Probe], Seen]]] = {
     "output-type": ("logits, not probabilities", _behaviour.output_type),
     "few-classes": ("number of classes", _behaviour.few_classes),
     "randomness": ("randomness", _behaviour.randomness),
+    "frozen-seed": ("draws that are no secret", _seed.frozen_seed),
     "batch-coupling": ("independence of the batch", _behaviour.batch_coupling),
     "clean-accuracy": ("clean accuracy", _inputs.clean_accuracy),
+    "precision": ("precision of the numbers", _precision.precision),
     "saturated-logits": ("saturated logits", _gradient.saturated_logits),
     "no-gradient": ("gradient exists", _gradient.no_gradient),
     "zero-gradient": ("gradient is not zero", _gradient.zero_gradient),
@@ -113,10 +117,10 @@ def check(
         ModelError: the model raises, or answers with something that is not logits.
         DataError: inputs or labels are not tensors that an attack could use.
 
-    Cost: for n = min(N, 64), 9 passes of n, up to 8 of one, 1 of min(N, 256) - n, and 2 backwards; 2 to 3 more passes
-    where the model is in training mode or has no gradient, and a few of 4 or 16 to name a layer. A random model takes 7 passes of
-    n, 35 of min(N, 16) and 2 of two. With 256 examples that is at most 19 forwards for each of the 64. A ``batch`` larger than
-    these is padded, and costs what it holds.
+    Cost: for n = min(N, 64), 9 passes of n, one more in double precision, up to 8 of one, 2 of four, 1 of min(N, 256) - n,
+    and 2 backwards; 2 to 3 more passes where the model is in training mode or has no gradient, and a few of 4 or 16 to name a
+    layer. A random model takes 7 passes of n, 35 of min(N, 16) and 2 of two. With 256 examples that is at most 19 forwards
+    for each of the 64. A ``batch`` larger than these is padded, and costs what it holds.
 
     >>> import mohs, torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Softmax(1)).eval()

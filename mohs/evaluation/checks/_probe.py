@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -55,19 +55,19 @@ class Probe:
         self.key = streams.derive(streams.content_keys(self.x), seed)
         self.was_training = [(n, m) for n, m in model.named_modules() if m.training]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, K] without gradients, in physical batches."""
+    def forward(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Logits [B, K] without gradients, in physical batches; of a ``model`` other than the one examined."""
         with torch.no_grad():
-            parts = [self._padded(self._classify, part) for part in x.split(self.batch or max(len(x), 1))]
+            parts = [
+                self._padded(partial(classify, model or self.model), part)
+                for part in x.split(self.batch or max(len(x), 1))
+            ]
             logits = torch.cat(parts)
         return logits.clone()
 
     def alone(self, row: int) -> Tensor:
         """Logits [K] of one sample row with no other input in its batch (copies of it fill a fixed batch)."""
         return self.forward(self.x[row : row + 1])[0]
-
-    def _classify(self, x: Tensor) -> Tensor:
-        return classify(self.model, x)
 
     def _padded(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.batch is None or len(x) == self.batch:

@@ -104,7 +104,7 @@ def promise_kept(probe: Probe, rows: int | None = None, guide: nn.Module | None 
         gain = own.margin(probe.forward(moved)) - own.margin(probe.logits[: len(x)])
     else:
         gain = torch.stack([_gain(probe, own, x, moved, draw) for draw in range(PAIRS)]).mean(0)
-    return gain / promised
+    return gain.double() / promised.double()  # quantiles are not known in half precision
 
 
 def _gain(probe: Probe, own: Goal, x: Tensor, moved: Tensor, draw: int) -> Tensor:
