@@ -150,8 +150,8 @@ class TestNoTraces:
 
         x = images(300)
         check(Wrapped(before=count), (x, torch.zeros(300).long()), "linf:0.1")
-        # 1 base, 5 for randomness, 1 with a graph; 19 more graphs and 8 pairs before and after the step, of 16 rows each; 2 of 2
-        # to name the layer
+        # 1 base, 5 for randomness, 1 with a graph; 19 more graphs and 8 pairs before and after the step, of 16 rows
+        # each; 2 of 2 to name the layer
         assert sorted(rows) == [2] * 2 + [16] * 35 + [64] * 7 + [192]
         assert sum(rows) < 20 * 64
 

@@ -126,8 +126,9 @@ class Counts(Evidence):
         2``, which grows with K'. So this number at U bounds K but for alpha. Where all members were asked, K' is known, and all
         of alpha goes into the second step.
 
-        Both take for granted that the errors of different examples are independent, as they are where each row of a batch has
-        noise of its own. A model that draws once per batch makes those of up to 16 examples coincide.
+        Both need errors that are independent from example to example. They are, for any model whose noise comes from the global
+        generators: a point is confirmed one row at a time, from a seed of its own, so that two examples share no draw even where
+        a model draws once per batch.
         """
         if not self.error:
             return self.bounds(self.survived)[1]

@@ -95,8 +95,8 @@ def one_step(review: Review) -> Seen:
         return seen
     return Seen(
         "warn", saw,
-        "Iterations should do at least as well as one step. Where they do not, the gradients near the input mislead, or the "
-        "attack is set badly.",
+        "Iterations should do at least as well as one step. Where they do not, gradients further along the path do not point "
+        "to larger objectives, or the attack is set badly.",
         "Look at the gradients (other guides are tried by evaluations themselves), then at step sizes and the number of steps.",
     )  # fmt: skip
 
