@@ -81,8 +81,9 @@ def record(draws: int, wrong_of_twenty: list[int] | None) -> Any:
     """Ten examples, of which three are wrong unchanged and two more were broken."""
     n = 10
     scored = [] if wrong_of_twenty is None else list(range(n))
+    subject = SimpleNamespace(weights_sha256="ab", code_sha256="cd")
     return SimpleNamespace(
-        header=SimpleNamespace(threat={"draws": draws}, threat_text="t"), n=n, certified=None,
+        header=SimpleNamespace(threat={"draws": draws}, threat_text="t", subject=subject), n=n, certified=None,
         correct=np.arange(n) >= 3, survived=np.arange(n) >= 5,
         draws=Draws(
             attack=np.full(len(scored), SCORE), example=np.array(scored, int), drawn=np.full(len(scored), 20),

@@ -8,6 +8,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -162,12 +163,13 @@ class Counting(nn.Module):
 
     def __init__(self, after: int) -> None:
         super().__init__()
-        self.net, self.after, self.calls = conv(), after, 0
+        # what a plain attribute says is part of the model's identity; what another object holds is not
+        self.net, self.limit, self.calls = conv(), SimpleNamespace(after=after), 0
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls > self.after:
+        if self.calls > self.limit.after:
             self.seen += 1
         return self.net(x)
 
@@ -185,7 +187,7 @@ def test_a_model_that_changes_is_blocked_and_put_back(after: int, tmp_path: Path
     # the same directory again, even if nothing changes now: its rows were made on another model
     again = evaluate(data, model, claim="accuracy >= 0.1", out=tmp_path / "run")
     assert again.verdict == record.verdict
-    model.after = 10**9
+    model.limit.after = 10**9
     if after:
         assert evaluate(data, model, claim="accuracy >= 0.1", out=tmp_path / "run").verdict.word == "blocked"
 
