@@ -103,7 +103,8 @@ do that by themselves where the identity does not resemble the layer.
 TRAINING = """# Training objectives
 
 What `mohs train` minimises. An objective is a field of a recipe; the attack it trains against is a field of the objective.
-The loop, its checkpoints and its early warning are the same for all of them.
+The loop, its checkpoints and its early warning are the same for all of them. `AWP` and `GradAlign` hold another objective and add
+to it. With `averaging` in a recipe, such as `averaging = 0.999`, the exponential average of the weights is measured and saved.
 """
 
 
@@ -129,7 +130,7 @@ def method(cls: type) -> str:
     facts = [f"`mohs.{'.'.join(cls.__module__.split('.')[1:-1])}.{cls.__name__}({call})`"]
     if access := _access(cls):
         facts.append(f"Needs access {access}.")
-    if _is_attack(cls):
+    if _is_attack(cls) or isinstance(getattr(cls, "norms", None), tuple):
         facts.append(f"Regions: {_regions(cls)}.")
     if (finite := getattr(cls, "finite", None)) is not None:
         facts.append("Needs a finite radius." if finite else "Also takes an infinite radius: the smallest change.")
@@ -193,7 +194,7 @@ def _access(cls: type) -> str:
 
 
 def _is_attack(cls: type) -> bool:
-    return hasattr(cls, "step")
+    return hasattr(cls, "init") and hasattr(cls, "step")
 
 
 def _regions(cls: type) -> str:

@@ -68,7 +68,7 @@ def test_defaults_and_short_forms(tmp_path: Path) -> None:
         ("nett = 3", "unknown nett; Recipe takes name, data"),
         ("net", "Recipe also needs net"),
         ("objective", r"no \[objective\]"),
-        ('objective = "trades"', "allowed are natural, mixture, saddle"),
+        ('objective = "tardes"', "allowed are natural, mixture, saddle, trades"),
         ('objective = {name = "saddle"}', "attack was None; allowed are FGSM"),
         ('objective = {name = "saddle", attack = "os.system"}', "allowed are FGSM"),
         ('objective = {name = "saddle", attack = "pgd", step = 3}', "unknown step; PGD takes steps"),

@@ -14,6 +14,7 @@ from mohs.data import Dataset
 from mohs.defenses import training
 from mohs.defenses.training import Progress, Recipe, Trained, Watch
 from mohs.defenses.training.files import read_recipe
+from mohs.defenses.training.objective import against
 from mohs.target import classify
 from mohs.threat import Threat
 
@@ -57,12 +58,12 @@ def train(
     Args:
         recipe: what to do; see ``load_recipe`` and ``mohs.defenses.training.Recipe``.
         out, data, model, device, seed, resume, checkpoint_every, progress: see ``mohs.defenses.training.train``.
-        watch: the early warning against catastrophic overfitting; it is for objectives that train against an attack.
+        watch: the early warning against catastrophic overfitting; it is for objectives that train against adversarial points.
 
     Returns:
         A ``Trained``: the model in eval mode, the path of its weights, the learning curve and warnings.
     """
-    watch = watch if recipe.objective.attack is not None else None
+    watch = watch if against(recipe.objective) is not None else None
     return training.train(
         recipe, perturb=perturb, out=out, data=data, model=model, device=device, seed=seed, resume=resume,
         checkpoint_every=checkpoint_every, watch=watch, progress=progress,

@@ -6,16 +6,26 @@ them. ``mohs.evaluation.training`` puts the two together.
 
 from __future__ import annotations
 
+from mohs.defenses.training.awp import AWP
+from mohs.defenses.training.fast import Fast
+from mohs.defenses.training.free import Free
+from mohs.defenses.training.gradalign import GradAlign
 from mohs.defenses.training.loop import Progress, Trained, train
+from mohs.defenses.training.mart import MART
 from mohs.defenses.training.mixture import Mixture
 from mohs.defenses.training.natural import Natural
+from mohs.defenses.training.nfgsm import NFGSM
 from mohs.defenses.training.objective import Context, Objective, Perturb
 from mohs.defenses.training.recipe import Recipe
+from mohs.defenses.training.room import Room
 from mohs.defenses.training.saddle import Saddle
 from mohs.defenses.training.schedules import SGD, Adam, Constant, Cosine, Steps
+from mohs.defenses.training.trades import TRADES
+from mohs.defenses.training.turn import Turn
 from mohs.defenses.training.watch import EarlyWarning, Watch
 
 __all__ = [
-    "Adam", "Constant", "Context", "Cosine", "EarlyWarning", "Mixture", "Natural", "Objective", "Perturb", "Progress",
-    "Recipe", "SGD", "Saddle", "Steps", "Trained", "Watch", "train",
+    "AWP", "Adam", "Constant", "Context", "Cosine", "EarlyWarning", "Fast", "Free", "GradAlign", "MART", "Mixture", "NFGSM",
+    "Natural", "Objective", "Perturb", "Progress", "Recipe", "Room", "SGD", "Saddle", "Steps", "TRADES", "Trained", "Turn",
+    "Watch", "train",
 ]  # fmt: skip

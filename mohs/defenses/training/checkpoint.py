@@ -7,6 +7,8 @@ process is killed.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,11 @@ class Position:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def save(path: Path, identity: str, model: nn.Module, optimiser: torch.optim.Optimizer, position: Position) -> None:
-    """Write the whole state of a run, atomically.
+def save(
+    path: Path, identity: str, model: nn.Module, optimiser: torch.optim.Optimizer, position: Position,
+    more: Mapping[str, Mapping[str, Tensor]],
+) -> None:  # fmt: skip
+    """Write the whole state of a run, atomically; ``more`` are further tensors by kind and name.
 
     Raises:
         ModelError: The model's state holds more than tensors, or weights are no longer finite.
@@ -55,6 +60,8 @@ def save(path: Path, identity: str, model: nn.Module, optimiser: torch.optim.Opt
                 f"cannot checkpoint {name!r} of the model: not a tensor. Keep such state out of state_dict()."
             )
         tensors[f"model/{name}"] = value
+    for kind, known in more.items():
+        tensors |= {f"{kind}/{name}": value for name, value in known.items()}
     for index, state in optimiser.state_dict()["state"].items():
         for name, value in state.items():
             if isinstance(value, Tensor):
@@ -67,8 +74,10 @@ def save(path: Path, identity: str, model: nn.Module, optimiser: torch.optim.Opt
     write_atomically(to_bytes(plain, {"mohs": text}), path)
 
 
-def restore(path: Path, identity: str, model: nn.Module, optimiser: torch.optim.Optimizer) -> Position:
-    """Put a saved state back, bit by bit, and say how far the run had come.
+def restore(
+    path: Path, identity: str, model: nn.Module, optimiser: torch.optim.Optimizer
+) -> tuple[Position, dict[str, dict[str, Tensor]]]:
+    """Put a saved state back, bit by bit; answers how far the run had come, and the further tensors by kind and name.
 
     Raises:
         RecordError: The file is damaged, or belongs to another recipe, data set or initial model.
@@ -90,14 +99,17 @@ def restore(path: Path, identity: str, model: nn.Module, optimiser: torch.optim.
             f"{path}: the checkpoint is of another run: recipe, data, initial weights or seed differ (its identity is "
             f"{found}, this run's {identity}). Train into another directory, or with resume=False to begin anew."
         )
-    model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
-    state: dict[int, dict[str, Any]] = {}
+    kinds: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
-        if key.startswith("optimiser/"):
-            _, index, name = key.split("/", 2)
-            state.setdefault(int(index), {})[name] = value
+        kind, name = key.split("/", 1)
+        kinds[kind][name] = value
+    model.load_state_dict(kinds.pop("model", {}))
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in kinds.pop("optimiser", {}).items():
+        index, name = key.split("/", 1)
+        state.setdefault(int(index), {})[name] = value
     for key, number in head["numbers"].items():
         index, name = key.split("/", 1)
         state.setdefault(int(index), {})[name] = number
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return position
+    return position, kinds

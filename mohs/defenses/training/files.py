@@ -9,14 +9,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mohs.defenses.training.awp import AWP
+from mohs.defenses.training.fast import Fast
+from mohs.defenses.training.free import Free
+from mohs.defenses.training.gradalign import GradAlign
+from mohs.defenses.training.mart import MART
 from mohs.defenses.training.mixture import Mixture
 from mohs.defenses.training.natural import Natural
+from mohs.defenses.training.nfgsm import NFGSM
 from mohs.defenses.training.recipe import Recipe
 from mohs.defenses.training.saddle import Saddle
 from mohs.defenses.training.schedules import SGD, Adam, Constant, Cosine, Steps
+from mohs.defenses.training.trades import TRADES
 from mohs.errors import MohsError, UsageError
 
-OBJECTIVES: dict[str, type] = {"natural": Natural, "mixture": Mixture, "saddle": Saddle}
+OBJECTIVES: dict[str, type] = {
+    "natural": Natural, "mixture": Mixture, "saddle": Saddle, "trades": TRADES, "mart": MART, "fast": Fast, "nfgsm": NFGSM,
+    "free": Free, "gradalign": GradAlign, "awp": AWP,
+}  # fmt: skip
 OPTIMISERS: dict[str, type] = {"sgd": SGD, "adam": Adam}
 SCHEDULES: dict[str, type] = {"constant": Constant, "steps": Steps, "cosine": Cosine}
 
@@ -83,6 +93,13 @@ def recipe_from_table(table: Mapping[str, Any], attacks: Mapping[str, type], whe
         attack = "PGD"      # further keys with an attack are the attack's own, such as steps
         steps = 7
 
+    An objective around another one holds it as a table of its own:
+
+        [objective]
+        name = "awp"
+        gamma = 0.005
+        objective = {name = "trades", beta = 6.0}
+
         [optimiser]
         name = "adam"
         lr = 0.001
@@ -104,6 +121,8 @@ def recipe_from_table(table: Mapping[str, Any], attacks: Mapping[str, type], whe
 def _objective(table: Any, attacks: Mapping[str, type], where: str) -> Any:
     kind, settings = _named(table, OBJECTIVES, where)
     own = {f.name for f in dataclasses.fields(kind)}
+    if "objective" in settings and "objective" in own:
+        settings["objective"] = _objective(settings["objective"], attacks, f"{where}, objective")
     if "attack" not in own:
         return _make(kind, settings, where)
     by_name = {name.lower(): attack for name, attack in attacks.items()}

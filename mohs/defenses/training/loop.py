@@ -8,9 +8,9 @@ started again ends, on the same machine with as many threads, in bit-identical w
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from mohs.data import Dataset, load
 from mohs.defenses.training import _world, checkpoint
 from mohs.defenses.training._quiet import evaluating, modes_kept, number, seeded
+from mohs.defenses.training.average import Average
 from mohs.defenses.training.checkpoint import Position
-from mohs.defenses.training.objective import Context, Perturb
+from mohs.defenses.training.objective import Context, Perturb, against
 from mohs.defenses.training.recipe import Recipe
+from mohs.defenses.training.room import Room
+from mohs.defenses.training.turn import Turn, take
 from mohs.defenses.training.watch import EarlyWarning, Watch
 from mohs.errors import ModelError, UsageError
 from mohs.models.weights import save_weights, weights_hash, write_atomically
@@ -150,6 +153,8 @@ class _Run:
         # the attack's physical batch: the same for every step, so its results do not depend on the last, smaller one
         self.shard = -(-recipe.batch // world.size)
         self.position = Position()
+        self.memory: dict[str, Tensor] = {}  # of the objective
+        self.average = Average(recipe.averaging, self.model) if recipe.averaging is not None else None
 
     @property
     def file(self) -> Path:
@@ -158,7 +163,10 @@ class _Run:
     def run(self, resume: bool) -> Trained:
         """From the checkpoint, or from the start, to the last epoch."""
         if resume and self.file.exists():
-            self.position = checkpoint.restore(self.file, self.identity, self.model, self.optimiser)
+            self.position, more = checkpoint.restore(self.file, self.identity, self.model, self.optimiser)
+            self.memory = {k: v.to(self.world.device) for k, v in more["memory"].items()}
+            if self.average is not None:
+                self.average.restore(more["average"])
         self.world.copy_from_main(self.model.state_dict().values())
         self.world.wait()  # nobody may overwrite the checkpoint before all have read it
         self.model.train()
@@ -169,12 +177,13 @@ class _Run:
             if warning is not None:
                 warnings.append(warning)
         self.model.eval()
+        if self.average is not None:
+            self.model.load_state_dict(self.average.state)
         weights = self.out / WEIGHTS
         if self.world.main:
             facts = {"arch": self.recipe.net, "recipe": self.recipe.name, "settings": repr(self.recipe)}
-            if self.recipe.objective.attack is not None:
-                facts["against"] = repr(self.recipe.objective.attack)
-                self.model.__dict__["trained_against"] = facts["against"]
+            if (enemy := against(self.recipe.objective)) is not None:
+                facts["against"] = self.model.__dict__["trained_against"] = enemy
             save_weights(self.model, weights, facts)
         self.world.wait()
         return Trained(self.model, weights, self.position.history, warnings, self.position.seconds)
@@ -202,6 +211,8 @@ class _Run:
             done = (at.epoch + at.step / len(batches)) / self.recipe.epochs
             at.loss_sum += self._step(batches[at.step], done)
             at.step += 1
+            if self.average is not None:
+                self.average.add(self.model, at.epoch * len(batches) + at.step)
             if at.step < len(batches):
                 if self.checkpoint_every and at.step % self.checkpoint_every == 0:
                     self._save()
@@ -219,26 +230,17 @@ class _Run:
 
     def _step(self, index: Tensor, done: float) -> float:
         """One step on a global batch; the batch's mean loss."""
-        at, recipe, world = self.position, self.recipe, self.world
+        at, recipe, device = self.position, self.recipe, self.world.device
         for group in self.optimiser.param_groups:
             group["lr"] = self._rate(done)
-        self.optimiser.zero_grad(set_to_none=True)
-        mine = world.share(index)
-        loss = torch.zeros(1, device=world.device)
-        with seeded(recipe.seed, "step", at.epoch, at.step, world.rank):
-            if len(mine):
-                x, y = self.x[mine].to(world.device), self.y[mine].to(world.device)
-                context = Context(self._perturb_with(done), self._eps(done), done)
-                # a share counts by its rows, so that the sum over all processes is the mean over the global batch
-                part = recipe.objective.loss(self.model, x, y, context) * (len(mine) / len(index))
-                part.backward()
-                loss = part.detach().reshape(1)
-        value = float(world.sum_gradients(self.parameters, loss))
-        if not math.isfinite(value):
-            raise self._diverged(f"the loss became {value}")
-        self.optimiser.step()
-        world.copy_from_main(self.model.buffers())  # batch statistics: one share's stand for all
-        return value
+        mine, eps = self.world.share(index), self._eps(done)
+        room = None if self.threat is None else Room(self.threat, eps, number(recipe.seed, "room", at.epoch, at.step))
+        turn = Turn(
+            self.model, self.parameters, self.x[mine].to(device), self.y[mine].to(device), len(index),
+            Context(self._perturb_with(done), eps, done, room), self.memory, self.optimiser, self.world,
+            (recipe.seed, "step", at.epoch, at.step, self.world.rank), self._diverged,
+        )  # fmt: skip
+        return take(recipe.objective, turn)
 
     def _perturb_with(self, done: float) -> Callable[[Any, Tensor, Tensor], Tensor]:
         threat, eps = self.threat, self._eps(done)
@@ -273,9 +275,13 @@ class _Run:
 
     def _measure(self) -> dict[str, Any]:
         """Accuracy on the held-out examples: clean, and under the two attacks of the watch at the full radius."""
-        x, y = self.held
-        if not len(x):
+        if not len(self.held[0]):
             return {}
+        with self.average.worn(self.model) if self.average is not None else nullcontext():
+            return self._measure_present()
+
+    def _measure_present(self) -> dict[str, Any]:
+        x, y = self.held
         points = {"clean": x}
         if self.watch is not None and self.threat is not None:
             for name, attack in (("one_step", self.watch.one_step), ("many_steps", self.watch.many_steps)):
@@ -296,7 +302,8 @@ class _Run:
             raise self._diverged("weights became nan or infinite")
         self.position.seconds = self._seconds()
         if self.world.main:
-            checkpoint.save(self.file, self.identity, self.model, self.optimiser, self.position)
+            more = {"memory": self.memory, "average": self.average.state if self.average is not None else {}}
+            checkpoint.save(self.file, self.identity, self.model, self.optimiser, self.position, more)
             lines = "".join(json.dumps(row) + "\n" for row in self.position.history)
             write_atomically(lines.encode(), self.out / CURVE)
 

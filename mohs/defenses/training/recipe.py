@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from mohs.defenses.training.objective import Objective
+from mohs.defenses._settings import number
+from mohs.defenses.training.objective import Objective, against
 from mohs.defenses.training.schedules import Adam, Constant, Optimiser, Schedule
 from mohs.errors import UsageError
 from mohs.models import NETS
@@ -24,7 +25,8 @@ class Recipe:
         name: what the result is called.
         data: where the training data are, as ``mohs.data.load`` takes it (split 'train').
         net: a name in ``mohs.models.NETS``.
-        objective: what is minimised: ``Natural()``, ``Mixture(attack)``, ``Saddle(attack)`` or your own.
+        objective: what is minimised: ``Saddle(attack)``, ``TRADES()``, another of ``mohs.defenses.training``, or
+            your own.
         epochs: passes over the data.
         threat: region and box of the objective's attack and of the early warning; a ``Threat`` or its short form.
         batch: examples per step, over all devices together.
@@ -34,6 +36,8 @@ class Recipe:
         holdout: examples at the end of the training data that are not trained on but watched, for the early warning.
         seed: of weights, data order and attacks.
         net_options: arguments of the net's factory.
+        averaging: decay in (0, 1) of the exponential average of the weights from step to step, such as 0.999; then the
+            average is what is measured and saved. None: the weights themselves.
 
     >>> from mohs.defenses.training import Natural
     >>> Recipe("tiny", "bundled:fashion-mnist", "linear", Natural(), epochs=2).epochs
@@ -53,6 +57,7 @@ class Recipe:
     holdout: int = 500
     seed: int = 0
     net_options: Mapping[str, Any] = field(default_factory=dict)
+    averaging: float | None = None
 
     def __post_init__(self) -> None:
         for what, value, least in (("epochs", self.epochs, 1), ("batch", self.batch, 1), ("holdout", self.holdout, 0)):
@@ -64,16 +69,37 @@ class Recipe:
             raise UsageError(
                 f"warmup of recipe {self.name!r} must lie between 0 and its {self.epochs} epochs; got {self.warmup!r}."
             )
+        if self.averaging is not None:
+            number(
+                self.averaging,
+                f"averaging of recipe {self.name!r}, the decay of an average,",
+                0,
+                1,
+                above=True,
+                below=True,
+            )
         if not callable(getattr(self.objective, "loss", None)):
             raise UsageError(
                 f"The objective of recipe {self.name!r} was {self.objective!r}. Allowed: a value with a method "
                 "loss(model, x, y, context), such as Natural(), Mixture(attack) or Saddle(attack)."
             )
         object.__setattr__(self, "threat", None if self.threat is None else Threat.parse(self.threat))
-        if self.objective.attack is not None and (self.parsed_threat is None or self.parsed_threat.minimum):
+        self._check_threat()
+
+    def _check_threat(self) -> None:
+        enemy, threat = against(self.objective), self.parsed_threat
+        if enemy is None:
+            return
+        if threat is None or threat.minimum:
             raise UsageError(
-                f"Recipe {self.name!r} trains against {self.objective.attack!r} under the threat {self.threat}. "
+                f"Recipe {self.name!r} trains against {enemy} under the threat {self.threat}. "
                 "Give a threat of finite radius, such as threat='linf:0.1'."
+            )
+        served = getattr(self.objective, "norms", None)
+        if served is not None and threat.region.kind not in served:
+            raise UsageError(
+                f"Recipe {self.name!r}: {type(self.objective).__name__} does not serve the threat {threat}. It serves: "
+                f"{', '.join(served)}. Choose one of these, or Saddle with an attack of that region."
             )
 
     @property

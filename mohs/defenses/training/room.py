@@ -1,0 +1,92 @@
+"""Where the points of one step may lie, for objectives that make adversarial points by themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mohs import streams
+from mohs.regions import Box
+from mohs.threat import Threat
+
+NO_BOX: Box = (-math.inf, math.inf)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Region and box around the inputs of one step, and a random stream for each row.
+
+    A row is known by its content, so that its random numbers depend neither on the batch nor on the process it is in.
+
+    Args:
+        threat: region and box.
+        eps: the present radius, input units.
+        seed: of the step.
+    """
+
+    threat: Threat
+    eps: float
+    seed: int
+
+    def radii(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """[B]: ``scale`` times the radius."""
+        return x.new_full((len(x),), self.eps * scale)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """Standard normal noise of the shape of ``x``."""
+        return streams.normal(self._keys(x), tuple(x.shape[1:]), dtype=x.dtype)
+
+    def start(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """A random point of box and region, the latter ``scale`` times as large."""
+        return self.threat.region.start(x, self.radii(x, scale), self.threat.box, self._keys(x))
+
+    def project(self, points: Tensor, x: Tensor) -> Tensor:
+        """Back into region and box."""
+        return self.threat.region.project(points, x, self.radii(x), self.threat.box)
+
+    def advance(self, points: Tensor, g: Tensor, size: float, x: Tensor) -> Tensor:
+        """One step of length ``size`` along ``g``, and back into region and box."""
+        radii, length = self.radii(x), x.new_full((len(x),), size)
+        return self.threat.region.advance(points, g, length, x, radii, self.threat.box)
+
+    def move(self, points: Tensor, g: Tensor, size: float, x: Tensor) -> Tensor:
+        """One step of length ``size`` along ``g``, and back into the box alone."""
+        length = x.new_full((len(x),), size)
+        return self.threat.region.move(points, g, length, x, self.threat.box).clamp_(*self.threat.box)
+
+    def _keys(self, x: Tensor) -> Tensor:
+        return streams.derive(streams.content_keys(x), self.seed)
+
+
+def slope(value: Callable[[Tensor], Tensor], x: Tensor, *, graph: bool = False) -> Tensor:
+    """The gradient of a per-row ``value`` [B] with respect to its input, [B, ...]; no weight gathers a gradient.
+
+    Args:
+        value: points to numbers.
+        x: where.
+        graph: let gradients flow on through the answer.
+
+    >>> slope(lambda x: x.square().sum(1), torch.tensor([[1.0, 3.0]])).tolist()
+    [[2.0, 6.0]]
+    """
+    with torch.enable_grad():
+        point = x.detach().requires_grad_(True)
+        (g,) = torch.autograd.grad(value(point).sum(), point, create_graph=graph)
+    return g
+
+
+def odds(logits: Tensor, y: Tensor) -> Tensor:
+    """log((1 - p_y) / p_y), [B]: it grows with the cross-entropy, and its gradient has the same direction.
+
+    The gradient of the cross-entropy is that of the odds times 1 - p_y, which is exactly zero in float32 on confident
+    models; a sign, a normalised step or a cosine does not see the factor.
+
+    >>> odds(torch.tensor([[40.0, 0.0, 0.0]]), torch.tensor([0])).round(decimals=3).tolist()
+    [-39.306999...]
+    """
+    own = y.unsqueeze(1)
+    return logits.scatter(1, own, -math.inf).logsumexp(1) - logits.gather(1, own).squeeze(1)
