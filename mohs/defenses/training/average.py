@@ -33,7 +33,7 @@ class Average:
     **Differs from the paper**: the normalisation, where the paper begins with the initial weights.
     **Source**: B. Polyak, A. Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim.
     1992; in adversarial training S. Gowal et al., "Uncovering the limits of adversarial training against norm-bounded
-    adversarial examples", 2020 (arXiv 2010.03593), section 4.3.
+    adversarial examples", 2020 (arXiv 2010.03593), on model weight averaging.
     """
 
     def __init__(self, decay: float, model: nn.Module) -> None:

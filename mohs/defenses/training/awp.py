@@ -43,7 +43,7 @@ class AWP:
     after it, which rounds and lets the weight decay act at w + v; no warm-up. As there, only tensors with more than one
     dimension move: no biases, no batch norm. The first look leaves no trace in batch statistics.
     **Source**: D. Wu, S.-T. Xia, Y. Wang, "Adversarial weight perturbation helps robust generalization", NeurIPS 2020,
-    equations 7 to 10 and algorithm 1, with one step of each ascent on the weights.
+    section 4 and algorithm 1, with one step of ascent on the weights per batch.
     """
 
     objective: Objective

@@ -36,7 +36,7 @@ class GradAlign:
     **Differs from the paper**: any norm; the random point is brought into the box; rows without a gradient count as aligned,
     where the published code leaves them out of the mean.
     **Source**: M. Andriushchenko, N. Flammarion, "Understanding and improving fast adversarial training", NeurIPS 2020,
-    equation 5; which of the two gradients is differentiated, from the authors' code.
+    section 5; which of the two gradients is differentiated, from the authors' code.
     """
 
     objective: Objective

@@ -35,7 +35,7 @@ class NFGSM:
 
     **Differs from the paper**: any norm; the net is in eval mode while the step is found.
     **Source**: P. de Jorge et al., "Make some noise: reliable and efficient single-step adversarial training", NeurIPS
-    2022, equation 6 and algorithm 1.
+    2022, section 4 and algorithm 1.
     """
 
     noise: float = 2.0
