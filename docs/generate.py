@@ -103,7 +103,7 @@ do that by themselves where the identity does not resemble the layer.
 TRAINING = """# Training objectives
 
 What `mohs train` minimises. An objective is a field of a recipe; the attack it trains against is a field of the objective.
-The loop, its checkpoints and its early warning are the same for all of them. `AWP` and `GradAlign` hold another objective and add
+The loop, its checkpoints and its early warnings are the same for all of them. `AWP` and `GradAlign` hold another objective and add
 to it. With `averaging` in a recipe, such as `averaging = 0.999`, the exponential average of the weights is measured and saved.
 """
 

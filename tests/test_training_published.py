@@ -119,13 +119,26 @@ def test_trades_is_the_papers_formula_and_differentiates_both_answers(beta: floa
     assert abs(TRADES(beta=beta).loss(net(), x, y, context).item() - turned) > 1e-5  # the direction can be told
 
 
+def back(point: Array, clean: Array, eps: float, euclidean: bool) -> Array:
+    """Into the box and the region: the cube, or the ball, by shrinking the change."""
+    change = np.clip(point, 0, 1) - clean
+    if not euclidean:
+        return clean + np.clip(change, -eps, eps)
+    size = np.linalg.norm(change, axis=1, keepdims=True)
+    return clean + change * np.minimum(1, eps / size)
+
+
 @pytest.mark.parametrize("step_size", [None, 0.03])
-def test_trades_climbs_the_divergence_from_noise_and_stays_in_the_region(step_size: float | None) -> None:
+@pytest.mark.parametrize("euclidean", [False, True])
+def test_trades_climbs_the_divergence_from_noise_and_stays_in_the_region(
+    step_size: float | None, euclidean: bool
+) -> None:
     x, _, _ = batch()
-    model, here = net(), room("linf:0.1")
+    eps = 0.5 if euclidean else 0.1
+    model, here = net(), room(f"l2:{eps}" if euclidean else f"linf:{eps}")
     w, clean = weights(model), x.numpy()
     p = probabilities(w, clean)
-    point = np.clip(clean + np.clip(0.001 * here.normal(x).numpy(), -0.1, 0.1), 0, 1)
+    point = back(clean + 0.001 * here.normal(x).numpy(), clean, eps, euclidean)
     for _ in range(3):
         rise = np.zeros_like(point)
         for k in range(FEATURES):
@@ -134,10 +147,10 @@ def test_trades_climbs_the_divergence_from_noise_and_stays_in_the_region(step_si
             behind[:, k] -= 1e-6
             for where, sign in ((ahead, 1), (behind, -1)):
                 rise[:, k] += sign * (p * (np.log(p) - np.log(probabilities(w, where)))).sum(1)
-        point = point + (step_size or 2.5 * 0.1 / 3) * np.sign(rise)
-        point = np.clip(np.clip(point, clean - 0.1, clean + 0.1), 0, 1)
+        steepest = rise / np.linalg.norm(rise, axis=1, keepdims=True) if euclidean else np.sign(rise)
+        point = back(point + (step_size or 2.5 * eps / 3) * steepest, clean, eps, euclidean)
     found = TRADES(steps=3, step_size=step_size).points(model, x, here)
-    assert np.allclose(found.numpy(), point, atol=1e-12)
+    assert np.allclose(found.numpy(), point, atol=1e-6 if euclidean else 1e-12)
     assert all(q.grad is None for q in model.parameters())
     assert not found.requires_grad
 
@@ -207,7 +220,7 @@ def test_mart_differentiates_the_weight_of_a_row_too() -> None:
 def test_mart_is_finite_on_confident_nets() -> None:
     model = nn.Linear(2, 3)
     model.weight.data.copy_(torch.tensor([[400.0, 0.0], [0.0, 400.0], [0.0, 0.0]]))
-    x, y = torch.eye(2), torch.tensor([1, 0])
+    x, y = torch.eye(2), torch.tensor([0, 1])  # right at the inputs, wrong at the points
     loss = MART(PGD(), 6.0).loss(model, x, y, Context(lambda attack, x, y: x.flip(0), 0.1, 0.0))
     loss.backward()
     assert bool(loss.isfinite())

@@ -96,22 +96,25 @@ import sys
 import torch
 torch.set_num_threads(1)
 from mohs.attacks import PGD
-from mohs.defenses.training import SGD, Saddle, train
+from mohs.defenses.training import AWP, SGD, TRADES, Free, GradAlign, Saddle, train
 from training_problem import blobs, perturb, recipe
 
-plan = recipe(Saddle(PGD(steps=2)), threat="linf:0.05", optimiser=SGD(lr=0.1), epochs=2, batch=15)
+plan = recipe(eval(sys.argv[2]), threat="linf:0.05", optimiser=SGD(lr=0.1), epochs=2, batch=15)
 train(plan, perturb=perturb, out=sys.argv[1], data=blobs(), device="cpu")
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "objective", ["Saddle(PGD(steps=2))", "Free(2)", "AWP(TRADES(steps=2), 0.1)", "GradAlign(Saddle(PGD(steps=1)))"]
+)
+def test_two_processes_train_as_one(tmp_path: Path, objective: str) -> None:
     script = tmp_path / "world.py"
     script.write_text(WORLD)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, launcher in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *launcher, str(script), str(tmp_path / name)]
+        command = [sys.executable, *launcher, str(script), str(tmp_path / name), objective]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))

@@ -305,7 +305,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [2, 3, 5, 8])
+@pytest.mark.parametrize("at", [3, 8])
 @pytest.mark.parametrize("objective", [Free(2), AWP(TRADES(steps=1), 0.1)], ids=repr)
 def test_a_resumed_training_ends_in_the_same_bytes(tmp_path: Path, objective: Any, at: int) -> None:
     from mohs.defenses.training import train

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs import attacks
-from mohs.attacks import FGSM, PGD, Attack, Stop
+from mohs.attacks import FGSM, PGD, Attack, Square, Stop
 from mohs.data import Dataset
 from mohs.defenses import training
 from mohs.defenses.training import Progress, Recipe, Trained, Watch
@@ -18,8 +18,8 @@ from mohs.defenses.training.objective import against
 from mohs.target import classify
 from mohs.threat import Threat
 
-WATCH = Watch(one_step=FGSM(), many_steps=PGD(steps=10))
-"""The early warning's pair of attacks."""
+WATCH = Watch(one_step=FGSM(), many_steps=PGD(steps=10), search=Square(steps=50))
+"""The early warnings' attacks."""
 
 
 def perturb(
@@ -58,7 +58,8 @@ def train(
     Args:
         recipe: what to do; see ``load_recipe`` and ``mohs.defenses.training.Recipe``.
         out, data, model, device, seed, resume, checkpoint_every, progress: see ``mohs.defenses.training.train``.
-        watch: the early warning against catastrophic overfitting; it is for objectives that train against adversarial points.
+        watch: the early warnings of catastrophic overfitting and of masked gradients; they are for objectives that train
+            against adversarial points.
 
     Returns:
         A ``Trained``: the model in eval mode, the path of its weights, the learning curve and warnings.

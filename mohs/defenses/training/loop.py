@@ -96,7 +96,7 @@ def train(
         seed: instead of the recipe's.
         resume: go on from the checkpoint in ``out``; False: start anew and overwrite it.
         checkpoint_every: steps after which to write a checkpoint within an epoch, besides the one after it.
-        watch: the pair of attacks of the early warning; needs a threat and a holdout.
+        watch: the attacks of the early warnings; needs a threat and a holdout.
         progress: called after every step, in the main process.
 
     Returns:
@@ -284,14 +284,15 @@ class _Run:
         x, y = self.held
         points = {"clean": x}
         if self.watch is not None and self.threat is not None:
-            for name, attack in (("one_step", self.watch.one_step), ("many_steps", self.watch.many_steps)):
+            for name, attack in self.watch.attacks(self.threat).items():
                 seed = number(self.recipe.seed, "watch", name)
                 points[name] = self._points(attack, x, y, self.threat.region.eps, seed, min(256, len(x)))
         with evaluating(self.model), torch.no_grad(), seeded(self.recipe.seed, "measure"):
-            right = {
-                name: float((classify(self.model, p).argmax(1) == y).double().mean()) for name, p in points.items()
-            }
-        return {"watched": len(x), **right}
+            right = {name: classify(self.model, p).argmax(1) == y for name, p in points.items()}
+        shares = {name: float(withstood.double().mean()) for name, withstood in right.items()}
+        if "search" in right:
+            shares["missed"] = float((right["many_steps"] & ~right["search"]).double().mean())
+        return {"watched": len(x), **shares}
 
     def _seconds(self) -> float:
         return self.before + time.perf_counter() - self.since
