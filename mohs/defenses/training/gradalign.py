@@ -58,7 +58,7 @@ class GradAlign:
         bare = self.objective.loss(model, x, y, context)
         if self.weight == 0:
             return bare
-        near = context.around(self).start(x)
+        near = context.around(self).start(x, draw=1)  # not where the objective starts
         here = slope(lambda point: odds(classify(model, point), y), x)
         there = slope(lambda point: odds(classify(model, point), y), near, graph=True)
         return bare + self.weight * (1 - alignment(here, there)).mean()

@@ -40,9 +40,9 @@ class Room:
         """Standard normal noise of the shape of ``x``."""
         return streams.normal(self._keys(x), tuple(x.shape[1:]), dtype=x.dtype)
 
-    def start(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """A random point of box and region, the latter ``scale`` times as large."""
-        return self.threat.region.start(x, self.radii(x, scale), self.threat.box, self._keys(x))
+    def start(self, x: Tensor, scale: float = 1.0, draw: int = 0) -> Tensor:
+        """A random point of box and region, the latter ``scale`` times as large; each ``draw`` is another."""
+        return self.threat.region.start(x, self.radii(x, scale), self.threat.box, self._keys(x, draw))
 
     def project(self, points: Tensor, x: Tensor) -> Tensor:
         """Back into region and box."""
@@ -58,8 +58,8 @@ class Room:
         length = x.new_full((len(x),), size)
         return self.threat.region.move(points, g, length, x, self.threat.box).clamp_(*self.threat.box)
 
-    def _keys(self, x: Tensor) -> Tensor:
-        return streams.derive(streams.content_keys(x), self.seed)
+    def _keys(self, x: Tensor, draw: int = 0) -> Tensor:
+        return streams.derive(streams.content_keys(x), self.seed, draw)
 
 
 def slope(value: Callable[[Tensor], Tensor], x: Tensor, *, graph: bool = False) -> Tensor:
