@@ -247,3 +247,9 @@ def test_it_takes_milliseconds() -> None:
     began = time.process_time()
     code_hash(model)
     assert time.process_time() - began < 0.25
+
+
+def test_what_a_model_says_of_its_training_is_not_its_code() -> None:
+    one, other = (nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
+    other.__dict__["trained_against"] = "PGD(steps=7)"
+    assert code_hash(one) == code_hash(other)

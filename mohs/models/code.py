@@ -25,7 +25,7 @@ _STATE = {
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", "call_super_init",
     "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks", "_is_full_backward_hook", "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_version",
+    "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_version", "trained_against",
 }  # fmt: skip
 """What modules hold that is weights, or says nothing about the answers."""
 DEPTH = 16
@@ -49,7 +49,7 @@ def code_hash(model: nn.Module) -> str:
 
     An attribute, global or closed-over variable to which ``forward`` or a method it names assigns is state, such as a counter or a
     cache, and does not count; likewise a list or dictionary that such a method changes. Nor do docstrings, file names,
-    line numbers and annotations.
+    line numbers and annotations, nor what a model says of its training (``trained_against``).
 
     It fails to see: objects of other kinds, such as a codec or a generator of random numbers, which count by their type and
     the code of their class alone; code of torch, numpy, Python and of other installed packages that the model calls; files and
