@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -260,9 +261,9 @@ def test_what_was_left_for_the_survivors_is_tried_on_them(
     guides: list[str] = []
     job = _stages.Job
 
-    def watched(*args: object, **settings: object) -> object:
+    def watched(*args: Any, **settings: Any) -> Any:
         guides.append(type(settings["guide"]).__name__)
-        return job(*args, **settings)  # type: ignore[arg-type]
+        return job(*args, **settings)
 
     monkeypatch.setattr(_stages, "Job", watched)
     record = mohs.evaluate(model, data.take(24), "linf:0.1", plan=plan(), control=0)

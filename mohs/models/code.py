@@ -363,6 +363,6 @@ def _tensor(value: Tensor) -> str:
     try:
         flat = value.detach().cpu().contiguous()
         content = hashlib.sha256(flat.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-    except (RuntimeError, TypeError, NotImplementedError):  # sparse, quantised or without storage
+    except (RuntimeError, TypeError):  # sparse, quantised or without storage
         return f"tensor {value.dtype} {list(value.shape)}"
     return f"tensor {flat.dtype} {list(flat.shape)} {content}"
