@@ -10,7 +10,8 @@ are the net trained against PGD, which must keep its robustness, and it behind a
     clean       without an attack (a random defense: by majority of 20 draws)
     naive       PGD, 40 steps of cross-entropy, with the defended model's own gradients, as a paper of its time would (of a model
                 that rejects: with those of its classes, and whatever is rejected then counts for it)
-    hand-made   PGD, 100 steps of the margin, with the stand-in the defense declares and the mean of 10 evaluations where it is random
+    hand-made   PGD, 100 steps of the margin, with the stand-in the defense declares and the mean of 10 evaluations where it is random;
+                and the naive one: who survives both
     declared    Mohs's plan, told what the defense declares
     withheld    the same on the model as an opaque module: no layer and no declaration can be seen
     expected    was it expected to fall (below), and did it: 'fell' or 'MISSED'; '-' where nothing was expected
@@ -237,8 +238,8 @@ def subjects(only: list[str]) -> dict[str, Callable[[], nn.Module]]:
     return {name: make for name, make in rows.items() if not only or name in only}
 
 
-def by_hand(model: nn.Module, data: Dataset, threat: Threat, *, honest: bool) -> float:
-    """Accuracy under one PGD: naive, or with what an honest attacker of this defense would use."""
+def by_hand(model: nn.Module, data: Dataset, threat: Threat, *, honest: bool) -> Tensor:
+    """Who survives one PGD: naive, or with what an honest attacker of this defense would use."""
     said = defenses.declared(model)
     reject = _rejects(model, data)
     if reject is not None and not honest:
@@ -249,7 +250,7 @@ def by_hand(model: nn.Module, data: Dataset, threat: Threat, *, honest: bool) ->
         with torch.no_grad():
             answer = model(x).argmax(1)
         held = (answer == data.y) | (answer == reject)
-        return float((held & _right(model, data, threat)).double().mean())
+        return held & _right(model, data, threat)
     attack: Any = PGD(steps=100) if honest else PGD(steps=40, objective=plain_cross_entropy)
     if honest and threat.region.kind == "patch":
         attack = LaVAN(steps=100)
@@ -261,11 +262,11 @@ def by_hand(model: nn.Module, data: Dataset, threat: Threat, *, honest: bool) ->
     except mohs.errors.ModelError as error:
         if honest or "gradient" not in str(error):
             raise
-        return clean(model, data, threat)  # no gradient at all: what such a paper would have called robust
+        return _right(model, data, threat)  # no gradient at all: what such a paper would have called robust
     broken = out.success
     if threat.draws:  # as an evaluation confirms what its attacks report
         broken &= mohs.evaluation.confirm(model, out.x, data.y, threat, reject=reject)
-    return float((~broken & _right(model, data, threat)).double().mean())
+    return ~broken & _right(model, data, threat)
 
 
 def _rejects(model: nn.Module, data: Dataset) -> int | None:
@@ -273,12 +274,8 @@ def _rejects(model: nn.Module, data: Dataset) -> int | None:
         return model(data.x[:1]).shape[1] - 1 if defenses.declared(model).rejects else None
 
 
-def clean(model: nn.Module, data: Dataset, threat: Threat) -> float:
-    """Accuracy without an attack, by majority of the draws."""
-    return float(_right(model, data, threat).double().mean())
-
-
 def _right(model: nn.Module, data: Dataset, threat: Threat) -> Tensor:
+    """Who is right without an attack, by majority of the draws."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         looks = [torch.cat([model(x).argmax(1) for x in data.x.split(256)]) for _ in range(max(threat.draws, 1))]
@@ -295,17 +292,22 @@ def row(name: str, make: Callable[[], nn.Module], data: Dataset, plan: str) -> d
     hidden = mohs.evaluate(
         Opaque(make()).eval(), data, threat, plan=plan, control=0, adaptive="blind", reject=_rejects(model, data)
     )
+    naive = by_hand(model, data, threat, honest=False)
     chosen = next((t for t in hidden.header.tactics if t.chosen), None)
     kinds = [chosen.against] if chosen is not None and chosen.against else []
     return {
-        "defense": name, "clean": clean(model, data, threat), "naive": by_hand(model, data, threat, honest=False),
-        "hand-made": by_hand(model, data, threat, honest=True), "declared": said.robust_accuracy,
+        "defense": name, "clean": _share(_right(model, data, threat)), "naive": _share(naive),
+        "hand-made": _share(naive & by_hand(model, data, threat, honest=True)), "declared": said.robust_accuracy,
         "withheld": hidden.robust_accuracy,
         "type": ", ".join(dict.fromkeys([*kinds, *(["stochastic"] if random else [])])) or "none",
         "through": "as they are" if chosen is None else chosen.name,
         "checks": [f.id for f in hidden.header.checks if f.severity in ("warn", "block")],
         "published": PUBLISHED.get(name, ""), "expected": name in EXPECTED,
     }  # fmt: skip
+
+
+def _share(flags: Tensor) -> float:
+    return float(flags.double().mean())
 
 
 def outcome(found: dict[str, Any], bare: dict[Threat, float]) -> str:

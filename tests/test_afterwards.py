@@ -407,3 +407,26 @@ def test_a_run_that_is_killed_on_the_ladder_ends_as_one_that_was_not(mended: Rec
     assert again.header.checks == mended.header.checks
     assert again.header.plan == mended.header.plan
     assert np.array_equal(again.survived, mended.survived)
+
+
+def test_more_of_the_same_costs_no_more_than_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However loudly a check asks, the rungs of more steps and restarts take at most a quarter of the plan's passes each."""
+    images = mohs.data.load("bundled:fashion-mnist", n=128)
+    net = mohs.models.load("bundled:fashion-pgd")
+    loud = Seen("warn", "planted", "", "")
+    for id_ in ("optimisation", "restarts"):
+        monkeypatch.setitem(AFTERWARDS, id_, ("planted", lambda _: loud))
+    record = mohs.evaluate(net, images, "linf:0.1", plan=short(10), control=0)
+    passes = [int((r.forwards + r.backwards).sum()) for r in map(record.results, record.attacks)]
+    added = [
+        i
+        for i, s in enumerate(record.header.plan.steps)
+        if "because of: restarts" in s.note or "optimisation" in s.note
+    ]
+    planned = sum(passes[: added[0]])
+    assert len(added) == 4
+    floor = 2 * 128 // 64  # rows that every step takes, whatever they cost
+    for i in added:
+        step = record.header.plan.steps[i]
+        each = passes[i] / len(record.results(i).example)
+        assert passes[i] <= planned / 4 + (floor + 1) * each, step.config

@@ -169,6 +169,20 @@ class TestDenoising:
         )
         assert np.allclose(ours, theirs)
 
+    @pytest.mark.parametrize(
+        "settings", [{}, {"strength": 0.2, "patch": 5, "search": 3}, {"patch": 2}, {"patch": 1, "search": 2}]
+    )
+    def test_the_stand_in_is_the_same_mean(self, settings: dict[str, float]) -> None:
+        """The library takes a table for exp and leaves weights below e^-5 out, so they differ a little."""
+        defense = defenses.NonLocalMeans(**settings)
+        for x in (fashion()[0][:4], 0.4 + 0.2 * pictures(1, 3, 20, 24)):
+            there = defense.transform(x)
+            assert (defense.stand_in(x) - there).abs().mean() < 0.05 * (x - there).abs().mean()
+
+    def test_the_stand_in_has_the_gradient_of_its_values(self) -> None:
+        x = pictures(1, 2, 5, 6).double().requires_grad_(True)
+        assert torch.autograd.gradcheck(defenses.NonLocalMeans(0.3, search=2).stand_in, (x,), fast_mode=True)
+
     def test_a_missing_library_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "skimage.restoration", None)
         with pytest.raises(UsageError, match=r'NonLocalMeans needs scikit-image.*pip install "mohs\[images\]"'):

@@ -159,10 +159,15 @@ class _Ladder:
         """More steps, or more restarts, of the strongest attack."""
         assert self.looked.strongest is not None
         index, attack = self.looked.strongest
-        like = self.run.steps[index][0]
+        like, tries = self.run.steps[index][0], 1
         if what == "optimisation":
-            return self._rung(self.looked.longer(2**times), what, share=SHARE, restarts=like.restarts, like=like)
-        return self._rung(attack, what, share=SHARE, restarts=like.restarts * 5**times, like=like)
+            attack = self.looked.longer(2**times)
+        else:
+            tries = 5**times
+        # all rungs of this kind together cost no more than the plan, unless they go on because they break many
+        each = 2 * attack.steps * like.restarts * tries * max(self.looked.manner["aims"], 1)
+        able = self.looked.spent / (DOUBLINGS * len(NOT_ENOUGH) * each * max(self._left(), 1))
+        return self._rung(attack, what, share=min(SHARE, able), restarts=like.restarts * tries, like=like)
 
     def sound(self, reason: str) -> str:
         """An attack whose steps set themselves."""

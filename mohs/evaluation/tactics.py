@@ -194,6 +194,7 @@ def _candidates(
         yield Tactic(f"through {', '.join(names)}", partial(Through, layers=dict.fromkeys(names)), average, "shattered")
     yield Tactic("straight through roundings", Straight, average, "shattered")
     yield Tactic("straight through custom functions", partial(Straight, custom=True), average, "shattered")
+    yield Tactic("straight through comparisons", partial(Straight, compare=True), average, "shattered")
     if "no-gradient" in suspect:
         yield Tactic("straight through all that is cut off", partial(Straight, attach=True), average, "shattered")
     for name in _layers.entrances(model, x)[:4]:

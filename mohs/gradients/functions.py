@@ -11,6 +11,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from mohs.errors import ModelError
+from mohs.gradients._comparisons import Comparisons
 from mohs.guide import Guide, instead, paused
 
 STAIRS = frozenset(
@@ -25,9 +26,10 @@ SOFT = frozenset({"softmax", "log_softmax", "sigmoid"})
 class _Mended(TorchFunctionMode):
     """While active, stairs are passed straight through, and gradients are recorded even where the model forbids it."""
 
-    def __init__(self, x: Tensor, attach: bool) -> None:
+    def __init__(self, x: Tensor, attach: bool, compare: bool) -> None:
         super().__init__()
         self.x, self.attach = x, attach
+        self.comparisons = Comparisons() if compare else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -45,6 +47,8 @@ class _Mended(TorchFunctionMode):
                 with torch.no_grad():
                     value = func(*args, **kwargs)
                 return instead(value, first) if isinstance(value, Tensor) and value.shape == first.shape else value
+            if self.comparisons is not None:
+                return self.comparisons.call(name, func, args, kwargs)
             return func(*args, **kwargs)
 
     def _attached(self, value: Any) -> Any:
@@ -67,6 +71,8 @@ class Straight(Guide):
             what comes back from numpy or an image library is.
         custom: also replace the backward pass of every custom ``torch.autograd.Function`` whose output has the shape of one of
             its inputs. Some of these are honest.
+        compare: also give comparisons (``x > 0.5``) the slope of a soft step, a fifth of the standard deviation of what is
+            compared wide, wherever their truth values become numbers or choose between numbers: masks, thresholds, codes.
 
     It cannot see into compiled code.
 
@@ -83,15 +89,15 @@ class Straight(Guide):
     section 4.1; Y. Bengio, N. Leonard, A. Courville, "Estimating or propagating gradients through stochastic neurons", 2013.
     """
 
-    def __init__(self, model: nn.Module, attach: bool = False, custom: bool = False) -> None:
+    def __init__(self, model: nn.Module, attach: bool = False, custom: bool = False, compare: bool = False) -> None:
         super().__init__(model)
-        self.attach, self.custom = attach, custom
+        self.attach, self.custom, self.compare = attach, custom, compare
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's logits, bit for bit."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.model(x)
-        with _Mended(x, self.attach):
+        with _Mended(x, self.attach, self.compare):
             logits = self.model(x)
         if self.custom:
             for node in _custom_nodes(logits):
@@ -100,7 +106,7 @@ class Straight(Guide):
 
     def extra_repr(self) -> str:
         """What a record names."""
-        return f"attach={self.attach}, custom={self.custom}"
+        return f"attach={self.attach}, custom={self.custom}, compare={self.compare}"
 
 
 def _custom_nodes(logits: Tensor) -> Iterator[torch.autograd.graph.Node]:
