@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from core_models import inputs, relu_net
 
 import mohs
 from mohs import objectives
@@ -110,6 +111,25 @@ class TestRefusal:
         for norm in ("l0", "l0-features"):
             assert "does not serve l0" in (step.refusal(Threat.parse(f"{norm}:5")) or "")
         assert step.refusal(Threat.parse("l2:1")) is None
+
+    def test_what_is_meant_for_models_that_reject_runs_on_these_alone(self) -> None:
+        net, data = relu_net((1, 4, 4)), inputs(6, 1, 4, 4)
+        plan = Plan(
+            "both", (PlanStep.make("PGD", {"steps": 2}), PlanStep.make("OrthogonalPGD", {"steps": 2}, rejects=True))
+        )
+        labels = net(data).argmax(1)
+        for reject, names in ((None, ["PGD"]), (3, ["PGD", "OrthogonalPGD"])):
+            keep = labels < 3
+            record = mohs.evaluate(
+                net, (data[keep], labels[keep]), "linf:0.01", plan=plan, control=0, adaptive="off", reject=reject
+            )
+            assert [step.name for step in record.header.plan.steps] == names
+            assert {step.name for step in load_plan("standard").steps if step.rejects} == {
+                "OrthogonalPGD",
+                "WeightedPGD",
+            }
+        with pytest.raises(UsageError, match="rejects must be true or false; got 'yes'"):
+            PlanStep.make("PGD", {"steps": 5}, rejects="yes")
 
     def test_access(self) -> None:
         threat = Threat(mohs.Linf(0.1), access=Access.LABEL)

@@ -5,6 +5,7 @@ from mohs.attacks._ranking import by_distance, by_logit
 from mohs.attacks.alma import ALMA
 from mohs.attacks.apgd import APGD
 from mohs.attacks.bim import BIM
+from mohs.attacks.boundary import Boundary
 from mohs.attacks.carlini_wagner import CarliniWagner
 from mohs.attacks.ddn import DDN
 from mohs.attacks.deepfool import DeepFool
@@ -20,6 +21,7 @@ from mohs.attacks.lbfgs import LBFGS
 from mohs.attacks.mifgsm import MIFGSM
 from mohs.attacks.nifgsm import NIFGSM
 from mohs.attacks.odi import ODI
+from mohs.attacks.orthogonal_pgd import OrthogonalPGD
 from mohs.attacks.patch_search import PatchSearch
 from mohs.attacks.pdgd import PDGD
 from mohs.attacks.pdpgd import PDPGD
@@ -31,6 +33,7 @@ from mohs.attacks.spgd import SPGD
 from mohs.attacks.square import Square
 from mohs.attacks.superdeepfool import SuperDeepFool
 from mohs.attacks.trust_region import TrustRegion
+from mohs.attacks.weighted_pgd import WeightedPGD
 
 REGISTRY: dict[str, type] = {
     a.__name__: a
@@ -42,6 +45,8 @@ REGISTRY: dict[str, type] = {
         MIFGSM,
         NIFGSM,
         ODI,
+        OrthogonalPGD,
+        WeightedPGD,
         DeepFool,
         FAB,
         DDN,
@@ -62,6 +67,7 @@ REGISTRY: dict[str, type] = {
         PatchSearch,
         Square,
         HopSkipJump,
+        Boundary,
     )
 }
 """Every attack by name that needs no more than settings."""

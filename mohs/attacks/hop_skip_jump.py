@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,20 +10,16 @@ from torch import Tensor
 
 from mohs import streams
 from mohs.attacks._base import State
+from mohs.attacks._decision import answers_alone, blend, start, through, tolerance
 from mohs.attacks._settings import check_whole
-from mohs.attacks._smallest import nothing_left, unit
-from mohs.errors import UsageError
+from mohs.attacks._smallest import unit
 from mohs.problem import Problem
-from mohs.regions import Linf, largest, per_row
+from mohs.regions import Linf, per_row
 from mohs.threat import Access
 
 START, SEARCH, VOTE, LEAP = range(4)
 """What a row's next look is for: a wrong answer anywhere; the boundary between it and the clean input; the side on which a point
 near the boundary lies; a wrong answer further along the boundary. Rows differ in what each takes, so each row is at its own."""
-STRETCHES = 8
-"""How often the caller's point is moved to twice its distance, after it was looked at itself, before random ones are tried."""
-FINEST, COARSEST = 16.0, 1e-3
-"""The boundary is located to at least so many units of rounding, and at most so large a share of the distance."""
 
 
 @dataclass(kw_only=True)
@@ -104,11 +99,7 @@ class HopSkipJump:
 
     def init(self, problem: Problem) -> HopSkipJumpState:
         """At the clean inputs: those that are wrong already need no change."""
-        if problem.goal.confidence:
-            raise UsageError(
-                f"HopSkipJump sees answers alone, which tell nothing of margins; got confidence={problem.goal.confidence:g}. Leave "
-                "the confidence out (0), or use an attack that sees scores, such as Square, or gradients."
-            )
+        answers_alone(problem, "HopSkipJump")
         x, zero, none = problem.x0.clone(), torch.zeros_like(problem.eps), torch.zeros_like(problem.goal.label)
         return HopSkipJumpState(
             x=x, phase=none, kept=x.clone(), far=zero, low=zero.clone(), high=zero.clone(), turn=none.clone(), count=none.clone(),
@@ -126,7 +117,7 @@ class HopSkipJump:
         width = tolerance(problem)
         s = self._reached(problem, s, (s.phase == SEARCH) & (s.high - s.low <= width))
         s = self._reached(problem, s, (s.phase == LEAP) & (s.leap <= width * s.far))
-        return replace(s, x=self._next(problem, s, k), done=_through(problem))
+        return replace(s, x=self._next(problem, s, k), done=through(problem))
 
     @staticmethod
     def _counted(s: HopSkipJumpState, wrong: Tensor, at: Tensor) -> HopSkipJumpState:
@@ -209,43 +200,3 @@ class HopSkipJump:
         if bool((s.phase == LEAP).any()):
             x = torch.where(per_row(s.phase == LEAP, x), s.kept + per_row(s.leap, x) * s.voted, x)
         return x.clamp(*problem.threat.box)
-
-
-def tolerance(problem: Problem) -> float:
-    """How near the search comes to the boundary, as a share of the distance."""
-    share = problem.x0[0].numel() ** -1.5
-    return min(max(share, FINEST * torch.finfo(problem.x0.dtype).eps), COARSEST)
-
-
-def blend(problem: Problem, kept: Tensor, size: Tensor) -> Tensor:
-    """The point at ``size`` [B] from the clean input towards ``kept``: on the line (L2), or the nearest one (Linf)."""
-    return problem.threat.region.project(kept, problem.x0, size, problem.threat.box)
-
-
-def start(problem: Problem, tried: Tensor, k: int) -> Tensor:
-    """Where a wrong answer may be: beyond the caller's point, else noise of random brightness and contrast."""
-    x0, (low, high) = problem.x0, problem.threat.box
-    noise = streams.uniform(problem.key, tuple(x0.shape[1:]), draw=2 + 2 * k, dtype=x0.dtype)
-    if math.isinf(low) or math.isinf(high):
-        reach = largest(x0).clamp_min(1.0) * 2.0 ** (tried % STRETCHES)
-        x = (x0 + per_row(reach, x0) * (2 * noise - 1)).clamp(low, high)
-    else:
-        shape = streams.uniform(streams.derive(problem.key, k), (2,), draw=1, dtype=x0.dtype)
-        plain = tried % 2 == 1  # the paper's
-        middle, contrast = (
-            per_row(torch.where(plain, usual, drawn), x0)
-            for usual, drawn in ((0.5, shape[:, 0]), (1.0, shape[:, 1] * 4))
-        )
-        x = low + (high - low) * (middle + contrast * (noise - 0.5)).clamp_(0.0, 1.0)
-    if problem.warm is None:
-        return x
-    change = problem.warm - x0
-    further = (tried <= STRETCHES + 1) & (change != 0).flatten(1).any(1)
-    stretched = x0 + per_row((2.0 ** (tried - 1)).to(x0), x0) * change
-    stretched = torch.where(per_row(tried <= 1, x0), problem.warm, stretched)  # to the last bit
-    return torch.where(per_row(further, x0), stretched, x)
-
-
-def _through(problem: Problem) -> Tensor | None:
-    """Rows for which nothing is left to gain: inside a finite radius, or wrong without a change."""
-    return nothing_left(problem) if problem.threat.minimum else problem.found.met

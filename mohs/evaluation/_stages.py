@@ -84,8 +84,16 @@ class Evaluation:
         self.probe: Probe
         self.seen = range(0)
         """The examples that have been through the plan."""
-        self.steps = [(step, attack) for step in plan.steps if (attack := step.build_for(threat)) is not None]
+        self.steps = [(s, built) for s in plan.steps if (built := s.build_for(threat, self.rejects)) is not None]
         self.planned = len(self.steps)
+
+    @property
+    def rejects(self) -> bool:
+        """May the model reject an input?"""
+        return self.settings.reject is not None
+
+    def _skipped(self) -> list[str]:
+        return self.plan.skipped(self.threat, self.rejects)
 
     # ---- what is about to run ---------------------------------------------------------------------------
 
@@ -148,7 +156,7 @@ class Evaluation:
             findings = findings + _adaptive.exam_of_plan(self) + self._changed()
         record = run.record()
         run.finish(
-            limits=list(dict.fromkeys([*self.plan.skipped(self.threat), *run.header.limits, *self._notes(record, findings)])),
+            limits=list(dict.fromkeys([*self._skipped(), *run.header.limits, *self._notes(record, findings)])),
             checks=findings,
             attacks=_header.attacks(record, self.steps, run.ledger.seconds()),
             certificates=_header.certificates(record), verdict=self._verdict(record, findings),
@@ -169,7 +177,7 @@ class Evaluation:
             return None
         given = claims.of_record(
             self.claim, record, blocked=[f.name for f in findings if f.severity == "block"],
-            untried=() if self.steps else self.plan.skipped(self.threat),
+            untried=() if self.steps else self._skipped(),
             warned=[f.name for f in findings if f.severity == "warn"], naive=_adaptive.naive(self, findings),
             stopped=self.settings.until == "decided", total=len(self.data),
         )  # fmt: skip

@@ -24,7 +24,7 @@ OBJECTIVES = ("cross_entropy", "margin", "dlr", "probability_margin")
 
 _FOLDER = Path(__file__).parent / "plans"
 _PLAN_KEYS = ("name", "description", "attack")
-_STEP_KEYS = ("use", "with", "restarts", "aims", "rank", "start", "share", "only", "access", "skip", "note")
+_STEP_KEYS = ("use", "with", "restarts", "aims", "rank", "start", "share", "only", "access", "rejects", "skip", "note")
 RANKINGS = ("logit", "distance")
 """How the classes to move towards are ordered: by logit, or by linearised distance."""
 KINDS = ("linf", "l2", "l1", "lp", "l0", "patch")
@@ -49,6 +49,7 @@ class PlanStep:
         share: run only that share of the survivors, those nearest to breaking by the margins found so far.
         only: the regions it is meant for; empty: all it serves. Elsewhere it is passed over without a word.
         access: the step is meant for adversaries who see no more than this, such as ``label``; empty: for all whom it serves.
+        rejects: the step is meant for models that reject inputs, and passed over where one does not.
         skips: (norm, reason) pairs: the regions this step does not serve. ``l0`` stands for ``l0-features`` too.
         note: for the reader.
     """
@@ -62,6 +63,7 @@ class PlanStep:
     share: float = 1.0
     only: tuple[str, ...] = field(default=(), repr=False)
     access: str = field(default="", repr=False)
+    rejects: bool = field(default=False, repr=False)
     skips: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     note: str = field(default="", repr=False)
 
@@ -69,7 +71,7 @@ class PlanStep:
     def make(
         cls, name: str, parameters: Mapping[str, Any] | None = None, *, restarts: int = 1, aims: int | str = 0,
         rank: str = "logit", start: str = "own", share: float = 1.0,
-        only: Sequence[str] = (), access: str = "", skip: Mapping[str, str] | None = None, note: str = "",
+        only: Sequence[str] = (), access: str = "", rejects: bool = False, skip: Mapping[str, str] | None = None, note: str = "",
     ) -> PlanStep:  # fmt: skip
         """Check a step and complete it.
 
@@ -95,6 +97,8 @@ class PlanStep:
             raise UsageError(f"{name}: only lists regions, of {', '.join(KINDS)}; got {only!r}.")
         if access and access not in ACCESSES:
             raise UsageError(f"{name}: access must be one of {', '.join(ACCESSES)}; got {access!r}.")
+        if not isinstance(rejects, bool):
+            raise UsageError(f"{name}: rejects must be true or false; got {rejects!r}.")
         skips = tuple(sorted((skip or {}).items()))
         if not all(isinstance(reason, str) and reason for _, reason in skips):
             raise UsageError(f'{name}: skip maps a norm to the reason, such as {{l0 = "..."}}; got {dict(skips)!r}.')
@@ -108,6 +112,7 @@ class PlanStep:
             float(share),
             tuple(only),
             access,
+            rejects,
             skips,
             note,
         )
@@ -164,12 +169,14 @@ class PlanStep:
             return f"{self.name} needs a finite radius; the threat is {threat}"
         return None
 
-    def build_for(self, threat: Threat) -> Attack | None:
+    def build_for(self, threat: Threat, rejects: bool = False) -> Attack | None:
         """The attack, or None where ``refusal`` has a reason."""
-        return None if self.elsewhere(threat) or self.refusal(threat) else self.build()
+        return None if self.elsewhere(threat, rejects) or self.refusal(threat) else self.build()
 
-    def elsewhere(self, threat: Threat) -> bool:
-        """Is the step meant for other regions, or for adversaries who see less?"""
+    def elsewhere(self, threat: Threat, rejects: bool = False) -> bool:
+        """Is the step meant for other regions, for adversaries who see less, or for models that reject, which this one does not?"""
+        if self.rejects and not rejects:
+            return True
         if self.access and threat.access > Access[self.access.upper()]:
             return True
         return bool(self.only) and threat.region.kind not in self.only
@@ -194,9 +201,9 @@ class Plan:
         if not self.steps:
             raise UsageError(f"The plan {self.name!r} has no attack. Give at least one [[attack]].")
 
-    def skipped(self, threat: Threat) -> list[str]:
+    def skipped(self, threat: Threat, rejects: bool = False) -> list[str]:
         """The reasons why steps cannot run under a threat, in plan order."""
-        there = [s for s in self.steps if not s.elsewhere(threat)]
+        there = [s for s in self.steps if not s.elsewhere(threat, rejects)]
         return [f"{s.label}: {reason}" for s in there if (reason := s.refusal(threat)) is not None]
 
 
@@ -227,6 +234,7 @@ def load_plan(source: str | Path | Plan) -> Plan:
         share = 0.5
         only = ["linf", "l2"]
         access = "gradient"
+        rejects = true
         skip = { l0 = "too slow there" }
 
     Args:
@@ -294,7 +302,8 @@ def _step(entry: dict[str, Any]) -> PlanStep:
     return PlanStep.make(
         entry["use"], entry.get("with"), restarts=entry.get("restarts", 1), aims=entry.get("aims", 0),
         rank=entry.get("rank", "logit"), start=entry.get("start", "own"), share=entry.get("share", 1.0),
-        only=entry.get("only", ()), access=entry.get("access", ""), skip=entry.get("skip"), note=entry.get("note", ""),
+        only=entry.get("only", ()), access=entry.get("access", ""), rejects=entry.get("rejects", False),
+        skip=entry.get("skip"), note=entry.get("note", ""),
     )  # fmt: skip
 
 

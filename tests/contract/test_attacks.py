@@ -42,6 +42,9 @@ COSTS = {  # documented cost of a row that never succeeds: steps -> (forwards, b
     "FAB": lambda steps, classes: (steps + 1, classes - 1 + (steps - 1) * min(4, classes - 1)),
     "Square": lambda steps, classes: (steps + 1, 0),
     "HopSkipJump": lambda steps, classes: (steps + 1, 0),
+    "Boundary": lambda steps, classes: (steps + 1, 0),
+    "OrthogonalPGD": lambda steps, classes: (steps + 1, steps),  # of a model that does not reject
+    "WeightedPGD": lambda steps, classes: (steps + 1, steps),
     "PatchSearch": lambda steps, classes: (steps + 1, 0),
     "SigmaZero": lambda steps, classes: (steps + 1, steps),
     "JSMA": lambda steps, classes: (steps + 1, steps * min(2, classes - 1)),

@@ -11,7 +11,7 @@ from core_models import Linear, RowByRow, conv_net, inputs, relu_net
 from torch import Tensor, nn
 
 import mohs
-from mohs import Threat
+from mohs import Goal, Threat
 from mohs.attacks import REGISTRY
 from mohs.errors import DataError, ModelError, ThreatError
 
@@ -239,6 +239,7 @@ def test_a_failure_leaves_the_best_point_of_the_region(name: str) -> None:
     out = mohs.attack(make(name), net, x, y, threat)
     if REGISTRY[name].finite:
         loss, clean = (nn.functional.cross_entropy(net(z), y, reduction="none") for z in (out.x, x))
-        assert bool((loss > clean).all())
+        lead, before = (Goal.leave(y).margin(net(z)) for z in (out.x, x))
+        assert bool(((loss > clean) | (lead > before)).all())  # which of the two an attack climbs is its own affair
     least = mohs.attack(make(name), Flat(), x, torch.zeros(16, dtype=torch.int64), threat)
     assert not least.success.any()

@@ -1,0 +1,160 @@
+"""Orthogonal, selective and weighted PGD: each half of the goal by itself, on models whose gradients are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from core_models import inputs, relu_net
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import mohs
+from mohs import Goal
+from mohs.attacks import PGD, OrthogonalPGD, WeightedPGD
+from mohs.attacks._detection import two_goals
+from mohs.attacks.orthogonal_pgd import without
+from mohs.attacks.weighted_pgd import WeightedState
+from mohs.errors import UsageError
+from mohs.objectives import margin
+
+ALL = [OrthogonalPGD(steps=200), OrthogonalPGD(steps=200, orthogonal=False), WeightedPGD(steps=200, rounds=4)]
+
+
+class Narrow(nn.Module):
+    """Two classes told apart by the first coordinate; rejected where the second leaves its usual course.
+
+    The way to the other class by the steepest ascent of the classes' margin leads far into the rejection.
+    """
+
+    def __init__(self, pull: float) -> None:
+        super().__init__()
+        self.pull = pull
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x[:, 0], x[:, 1]
+        gap = a + self.pull * b
+        classes = torch.stack([-gap, gap], 1)
+        return torch.cat([classes, (classes.amax(1) + 20 * (b.abs() - 0.05)).unsqueeze(1)], 1) + 0 * self.weight
+
+
+def logits(n: int = 6, k: int = 5, seed: int = 0) -> Tensor:
+    return torch.randn(n, k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@given(seed=st.integers(0, 2**31), reach=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_both_halves_are_met_exactly_where_the_goal_is(seed: int, reach: bool) -> None:
+    z, label = logits(seed=seed), torch.tensor([0, 1, 2, 3, 0, 1])
+    goal = Goal.attain(label, reject=4) if reach else Goal.leave(label, reject=4)
+    classes, detector = two_goals(z, goal)
+    assert detector is not None
+    met = (classes.value > 0) & (detector.value > 0)
+    assert torch.equal(met, goal.margin(z) > 0)
+    assert torch.equal((classes.value > 0), Goal(label, goal.reach, goal.aim).margin(z[:, :4]) > 0)
+    for half in (classes, detector):
+        assert torch.allclose((half.cotangent * z).sum(1), half.value)
+
+
+def test_being_rejected_may_be_the_goal() -> None:
+    z = logits(1, 3)
+    classes, detector = two_goals(z, Goal.attain(torch.tensor([2]), reject=2))
+    assert detector is not None
+    assert torch.allclose(classes.value, z[:, 2] - z[:, :2].amax(1))
+    assert float(detector.value) == math.inf
+    assert torch.equal(detector.cotangent, classes.cotangent)
+
+
+@given(seed=st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_what_is_left_of_a_gradient_is_orthogonal_to_the_other(seed: int) -> None:
+    g, other = logits(4, 7, seed=seed), logits(4, 7, seed=seed + 1)
+    rest = without(g, other)
+    assert torch.allclose((rest * other).sum(1), torch.zeros(4, dtype=torch.float64), atol=1e-12)
+    along = g - rest
+    assert torch.allclose(along * other.norm(dim=1, keepdim=True) ** 2, other * (along * other).sum(1, keepdim=True))
+
+
+def test_parallel_and_vanishing_gradients_leave_the_wanted_one() -> None:
+    g = torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0]])
+    other = torch.tensor([[-2.0, -4.0], [0.0, 0.0], [1.0, 0.0]])
+    assert torch.equal(without(g, other), g)
+
+
+@pytest.mark.parametrize("attack", ALL, ids=lambda a: repr(a)[:24])
+def test_the_narrow_way_past_a_detector_is_found(attack: mohs.attacks.Attack) -> None:
+    x, y = torch.tensor([[0.2, 0.5], [0.3, 0.5]]) - torch.tensor([0.7, 0.5]), torch.zeros(2, dtype=torch.int64)
+    net = Narrow(pull=3.0).eval()
+    assert torch.equal(net(x).argmax(1), y)
+    found = mohs.attack(attack, net, x, y, "linf:0.6 in [-1, 1]", reject=2, restarts=4)
+    assert bool(found.success.all())
+    assert torch.equal(net(found.x).argmax(1), 1 - y)
+    assert bool((found.x[:, 1].abs() < 0.05).all())
+
+
+def test_orthogonal_steps_leave_the_detector_where_it_is() -> None:
+    """On linear margins the first step of an L2 ball is the projected gradient itself."""
+    weight = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.3, 0.2, 1.0]], dtype=torch.float64)
+    net = nn.Linear(3, 3, bias=False, dtype=torch.float64).eval()
+    net.weight.data.copy_(weight)
+    x = torch.tensor([[0.9, 0.1, 0.3]], dtype=torch.float64)
+    attack = OrthogonalPGD(steps=1, step_size=0.1, random_start=False)
+    found = mohs.attack(attack, net, x, torch.tensor([0]), "l2:0.1 in [-inf, inf]", reject=2)
+    classes, detector = weight[1] - weight[0], weight[0] - weight[2]
+    rest = classes - detector * (classes @ detector) / (detector @ detector)
+    assert torch.allclose(found.x - x, 0.1 * rest / rest.norm(), atol=1e-9)
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_without_a_rejection_it_is_pgd_on_the_margin(orthogonal: bool) -> None:
+    net, x = relu_net((1, 4, 4)), inputs(12, 1, 4, 4)
+    y = net(x).argmax(1)
+    ours, same = (
+        mohs.attack(attack, net, x, y, "linf:0.05")
+        for attack in (
+            OrthogonalPGD(steps=40, random_start=False, orthogonal=orthogonal),
+            PGD(steps=40, random_start=False, objective=margin),
+        )
+    )
+    assert torch.equal(ours.x, same.x)
+    assert torch.equal(ours.forwards, same.forwards)
+
+
+def test_selective_takes_half_of_the_backwards() -> None:
+    net, x = Narrow(pull=30.0).eval(), torch.tensor([[-0.9, 0.0]])
+    y = torch.zeros(1, dtype=torch.int64)
+    both, one = (
+        mohs.attack(OrthogonalPGD(steps=10, orthogonal=o), net, x, y, "linf:0.01 in [-1, 1]", reject=2)
+        for o in (True, False)
+    )
+    assert int(both.backwards) == 2 * int(one.backwards) == 20
+
+
+def test_the_weight_is_doubled_halved_and_then_bisected() -> None:
+    def state(weight: float, low: float, high: float, fooled: bool) -> WeightedState:
+        x = torch.zeros(1, 2)
+        return WeightedState(
+            x=x + 1, begin=x, weight=torch.tensor([weight]), low=torch.tensor([low]), high=torch.tensor([high]),
+            fooled=torch.tensor([fooled]),
+        )  # fmt: skip
+
+    for before, after in (
+        ((1.0, 0.0, math.inf, True), 2.0),  # fooled, but rejected: more weight for the detector
+        ((1.0, 0.0, math.inf, False), 0.5),
+        ((4.0, 1.0, math.inf, False), 2.0),
+        ((1.0, 0.0, 4.0, True), 2.0),
+    ):
+        found = WeightedPGD._next_round(state(*before))
+        assert float(found.weight) == after
+        assert torch.equal(found.x, found.begin)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rounds": 0}, {"weight": 0.0}, {"weight": math.inf}, {"steps": 0}, {"step_size": -1}]
+)
+def test_settings_are_checked(wrong: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="WeightedPGD's"):
+        WeightedPGD(**wrong)
