@@ -35,6 +35,14 @@ class World:
         """This process's part of a global batch; the parts differ by one row at most."""
         return index.tensor_split(self.size)[self.rank]
 
+    def gather(self, part: Tensor, rows: int) -> Tensor:
+        """The inverse of ``share`` for a tensor of so many rows; every process has the whole."""
+        if self.size == 1:
+            return part
+        whole = part.new_zeros(rows, *part.shape[1:])
+        self.share(whole).copy_(part)
+        return self.sum(whole)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:

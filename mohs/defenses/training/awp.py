@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs.defenses._settings import number
-from mohs.defenses.training.objective import Context, Objective, check_inner, makes_points
+from mohs.defenses.training.objective import Context, Objective, check_inner
 from mohs.defenses.training.turn import Turn
 
 if TYPE_CHECKING:
@@ -58,16 +58,6 @@ class AWP:
         """The objective's."""
         return self.objective.attack
 
-    @property
-    def own_points(self) -> bool:
-        """Does the objective make points without an attack?"""
-        return makes_points(self.objective)
-
-    @property
-    def norms(self) -> tuple[str, ...] | None:
-        """The regions that the objective serves."""
-        return getattr(self.objective, "norms", None)
-
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, context: Context) -> Tensor:
         """The objective's loss at the present weights."""
         return self.objective.loss(model, x, y, context)
@@ -107,8 +97,10 @@ class _Held:
                 self.points.append(context.once(make))
             return self.points[k]
 
-        def perturb(attack: Attack, x: Tensor, y: Tensor) -> Tensor:
-            return once(lambda: context.perturb(attack, x, y))
+        def perturb(
+            attack: Attack, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
+        ) -> Tensor:
+            return once(lambda: context.perturb(attack, x, y, of=of, radii=radii))
 
         return replace(context, perturb=perturb, once=once)
 

@@ -8,6 +8,7 @@ started again ends, on the same machine with as many threads, in bit-identical w
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from mohs.defenses.training import _world, checkpoint
 from mohs.defenses.training._quiet import evaluating, modes_kept, number, seeded
 from mohs.defenses.training.average import Average
 from mohs.defenses.training.checkpoint import Position
-from mohs.defenses.training.objective import Context, Perturb, against
+from mohs.defenses.training.objective import Context, Perturb, Points, against, layers, prepares, pretrained_in
 from mohs.defenses.training.recipe import Recipe
 from mohs.defenses.training.room import Room
 from mohs.defenses.training.turn import Turn, take
@@ -33,6 +34,8 @@ from mohs.models.weights import save_weights, weights_hash, write_atomically
 from mohs.target import classify
 
 CHECKPOINT, CURVE, WEIGHTS = "checkpoint.safetensors", "curve.jsonl", "weights.safetensors"
+CHUNK = 16
+"""Batches of the training set that are perturbed at a time, before the first step."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,15 @@ def train(
             f"Recipe {recipe.name!r} holds out {recipe.holdout} examples, but {data.name or 'the data set'} has "
             f"{len(data)}. Make holdout smaller or give more data."
         )
+    if model is not None and recipe.start is not None:
+        raise UsageError(
+            f"Recipe {recipe.name!r} starts from {recipe.start!r}, and a model was given to start from as well. Leave one out."
+        )
+    if model is None and recipe.start is None and prepares(recipe.objective):
+        raise UsageError(
+            f"Recipe {recipe.name!r}: {type(recipe.objective).__name__} goes on from a trained net. Name one in the recipe, such "
+            "as start='bundled:fashion-natural', or give the model."
+        )
     if model is None:
         with seeded(recipe.seed, "weights"):
             made = recipe.build_net()
@@ -139,7 +151,8 @@ class _Run:
         self.recipe, self.perturb, self.out, self.world = recipe, perturb, out, world
         self.checkpoint_every, self.progress = checkpoint_every, progress
         self.threat = recipe.parsed_threat
-        self.watch = watch if self.threat is not None and recipe.holdout > 0 else None
+        watched = self.threat is not None and not self.threat.minimum and recipe.holdout > 0
+        self.watch = watch if watched else None
         identity = f"{recipe.identity} {data.hash} {weights_hash(model)}"
         self.identity = f"{number(identity):016x}"
         self.model = model.to(world.device)
@@ -162,6 +175,7 @@ class _Run:
 
     def run(self, resume: bool) -> Trained:
         """From the checkpoint, or from the start, to the last epoch."""
+        self._begin()
         if resume and self.file.exists():
             self.position, more = checkpoint.restore(self.file, self.identity, self.model, self.optimiser)
             self.memory = {k: v.to(self.world.device) for k, v in more["memory"].items()}
@@ -187,6 +201,29 @@ class _Run:
             save_weights(self.model, weights, facts)
         self.world.wait()
         return Trained(self.model, weights, self.position.history, warnings, self.position.seconds)
+
+    def _begin(self) -> None:
+        """What is due once, with the net as it is before the first step: a resumed run does it again, with the same outcome."""
+        objective, seed = self.recipe.objective, self.recipe.seed
+        with seeded(seed, "check"):
+            for net in pretrained_in(objective):
+                net.check(self.model, self.x[:1].to(self.world.device))
+        for layer in layers(objective):
+            if callable(prepare := getattr(layer, "prepare", None)) and self.threat is not None:
+                self.x = prepare(self.x, self._points_for_all, self.threat.box)
+
+    def _points_for_all(self, attack: Any) -> Tensor:
+        """The attack's points for the whole training set, at the full radius."""
+        assert self.threat is not None
+        eps, seed, device = self.threat.region.eps, number(self.recipe.seed, "prepare"), self.world.device
+        found = []
+        for rows in torch.arange(len(self.x)).split(CHUNK * self.recipe.batch):
+            mine = self.world.share(rows)
+            x, y = self.x[mine].to(device), self.y[mine].to(device)
+            with seeded(seed, self.world.rank):
+                points = self._points(attack, x, y, x.new_full((len(x),), eps), seed, self.shard)
+            found.append(self.world.gather(points, len(rows)).to(self.x.device))
+        return torch.cat(found)
 
     def _past_warnings(self) -> list[EarlyWarning]:
         if self.watch is None:
@@ -217,7 +254,9 @@ class _Run:
                 if self.checkpoint_every and at.step % self.checkpoint_every == 0:
                     self._save()
                 self._tell(Progress(at.epoch + 1, self.recipe.epochs, at.step, len(batches), at.loss_sum / at.step))
-        row = {"epoch": at.epoch + 1, "loss": at.loss_sum / at.step, "lr": self._rate(done), "eps": self._eps(done)}
+        eps = self._eps(done)
+        row: dict[str, Any] = {"epoch": at.epoch + 1, "loss": at.loss_sum / at.step, "lr": self._rate(done)}
+        row["eps"] = eps if math.isfinite(eps) else None  # JSON knows no infinity
         if self.world.main:
             row |= self._measure()
         row["seconds"] = round(self._seconds(), 3)
@@ -242,24 +281,29 @@ class _Run:
         )  # fmt: skip
         return take(recipe.objective, turn)
 
-    def _perturb_with(self, done: float) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    def _perturb_with(self, done: float) -> Points:
         threat, eps = self.threat, self._eps(done)
         # every step draws anew; within it a row is known by its content, so shards do not matter
         seed = number(self.recipe.seed, "attack", self.position.epoch, self.position.step)
 
-        def perturb(attack: Any, x: Tensor, y: Tensor) -> Tensor:
+        def perturb(
+            attack: Any, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
+        ) -> Tensor:
             if threat is None:
                 raise UsageError(f"Recipe {self.recipe.name!r} has no threat, but its objective runs {attack!r}.")
-            return self._points(attack, x, y, eps, seed, self.shard)
+            radii = x.new_full((len(x),), eps) if radii is None else radii
+            return self._points(attack, x, y, radii, seed, self.shard, of)
 
         return perturb
 
-    def _points(self, attack: Any, x: Tensor, y: Tensor, eps: float, seed: int, batch: int) -> Tensor:
+    def _points(
+        self, attack: Any, x: Tensor, y: Tensor, radii: Tensor, seed: int, batch: int, of: nn.Module | None = None
+    ) -> Tensor:
         if self.threat is None:
             return x
-        radii = x.new_full((len(x),), eps)
-        with evaluating(self.model):
-            return self.perturb(attack, self.model, x, y, self.threat, eps=radii, seed=seed, batch=batch).detach()
+        net = self.model if of is None else of
+        with evaluating(net):
+            return self.perturb(attack, net, x, y, self.threat, eps=radii, seed=seed, batch=batch).detach()
 
     def _rate(self, done: float) -> float:
         return self.recipe.optimiser.lr * self.recipe.schedule.factor(done)
@@ -286,7 +330,8 @@ class _Run:
         if self.watch is not None and self.threat is not None:
             for name, attack in self.watch.attacks(self.threat).items():
                 seed = number(self.recipe.seed, "watch", name)
-                points[name] = self._points(attack, x, y, self.threat.region.eps, seed, min(256, len(x)))
+                radii = x.new_full((len(x),), self.threat.region.eps)
+                points[name] = self._points(attack, x, y, radii, seed, min(256, len(x)))
         with evaluating(self.model), torch.no_grad(), seeded(self.recipe.seed, "measure"):
             right = {name: classify(self.model, p).argmax(1) == y for name, p in points.items()}
         shares = {name: float(withstood.double().mean()) for name, withstood in right.items()}

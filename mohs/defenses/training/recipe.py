@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from mohs.defenses._settings import number
-from mohs.defenses.training.objective import Objective, against
+from mohs.defenses.training.objective import Objective, against, layers
+from mohs.defenses.training.pretrained import Pretrained, pretrained
 from mohs.defenses.training.schedules import Adam, Constant, Optimiser, Schedule
 from mohs.errors import UsageError
 from mohs.models import NETS
+from mohs.models.weights import fit
 from mohs.threat import Threat
 
 
@@ -38,6 +40,8 @@ class Recipe:
         net_options: arguments of the net's factory.
         averaging: decay in (0, 1) of the exponential average of the weights from step to step, such as 0.999; then the
             average is what is measured and saved. None: the weights themselves.
+        start: the trained net to go on from, of the architecture ``net``: ``bundled:NAME``, a ``.safetensors`` file that names
+            its net, or a module; its hash is part of the recipe. None: random weights.
 
     >>> from mohs.defenses.training import Natural
     >>> Recipe("tiny", "bundled:fashion-mnist", "linear", Natural(), epochs=2).epochs
@@ -58,6 +62,7 @@ class Recipe:
     seed: int = 0
     net_options: Mapping[str, Any] = field(default_factory=dict)
     averaging: float | None = None
+    start: Pretrained | nn.Module | str | None = None
 
     def __post_init__(self) -> None:
         for what, value, least in (("epochs", self.epochs, 1), ("batch", self.batch, 1), ("holdout", self.holdout, 0)):
@@ -84,23 +89,32 @@ class Recipe:
                 "loss(model, x, y, context), such as Natural(), Mixture(attack) or Saddle(attack)."
             )
         object.__setattr__(self, "threat", None if self.threat is None else Threat.parse(self.threat))
+        object.__setattr__(
+            self, "start", None if self.start is None else pretrained(self.start, f"start of recipe {self.name!r}")
+        )
         self._check_threat()
 
     def _check_threat(self) -> None:
         enemy, threat = against(self.objective), self.parsed_threat
+        if threat is not None and threat.minimum and self.warmup > 0:
+            raise UsageError(
+                f"Recipe {self.name!r} has a warm-up of {self.warmup} epochs, but the threat {threat} has no radius that could "
+                "grow. Leave warmup out."
+            )
         if enemy is None:
             return
-        if threat is None or threat.minimum:
+        if threat is None or (threat.minimum and not getattr(self.objective, "unbounded", False)):
             raise UsageError(
                 f"Recipe {self.name!r} trains against {enemy} under the threat {self.threat}. "
                 "Give a threat of finite radius, such as threat='linf:0.1'."
             )
-        served = getattr(self.objective, "norms", None)
-        if served is not None and threat.region.kind not in served:
-            raise UsageError(
-                f"Recipe {self.name!r}: {type(self.objective).__name__} does not serve the threat {threat}. It serves: "
-                f"{', '.join(served)}. Choose one of these, or Saddle with an attack of that region."
-            )
+        for layer in layers(self.objective):
+            served = getattr(layer, "norms", None)
+            if served is not None and threat.region.kind not in served:
+                raise UsageError(
+                    f"Recipe {self.name!r}: {type(layer).__name__} does not serve the threat {threat}. It serves: "
+                    f"{', '.join(served)}. Choose one of these, or Saddle with an attack of that region."
+                )
 
     @property
     def parsed_threat(self) -> Threat | None:
@@ -113,16 +127,21 @@ class Recipe:
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
     def build_net(self) -> nn.Module:
-        """The untrained net.
+        """The net before its first step.
 
         Raises:
             UsageError: There is no such net, or it does not take these options.
+            ModelError: The weights it is to start from are of another architecture.
         """
         if self.net not in NETS:
             raise UsageError(f"Recipe {self.name!r} asks for the net {self.net!r}. Allowed: {', '.join(NETS)}.")
         try:
-            return NETS[self.net](**self.net_options)
+            net = NETS[self.net](**self.net_options)
         except TypeError as error:
             raise UsageError(
                 f"Recipe {self.name!r}: the net {self.net} does not take the options {self.net_options} ({error})."
             ) from error
+        if self.start is not None:
+            given = pretrained(self.start)
+            fit(net, given.module.state_dict(), f"Recipe {self.name!r} starts the net {self.net} from {given!r}")
+        return net

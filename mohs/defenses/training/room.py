@@ -44,6 +44,19 @@ class Room:
         """A random point of box and region, the latter ``scale`` times as large; each ``draw`` is another."""
         return self.threat.region.start(x, self.radii(x, scale), self.threat.box, self._keys(x, draw))
 
+    def uniform(self, x: Tensor) -> Tensor:
+        """A number in [0, 1) for each row, [B]."""
+        return streams.uniform(self._keys(x, 2), ())
+
+    def varied(self, x: Tensor) -> Tensor:
+        """A radius for each row, [B]: |N(0, eps / 2)|, at most eps."""
+        drawn = streams.normal(self._keys(x, 3), (), dtype=x.dtype).abs_()
+        return drawn.mul_(self.eps / 2).clamp_(max=self.eps)
+
+    def pick(self, n: int) -> int:
+        """One of 0 to n - 1 for the whole step, the same in every process."""
+        return int(streams.integers(streams.derive(torch.tensor([self.seed])), (), n))
+
     def project(self, points: Tensor, x: Tensor) -> Tensor:
         """Back into region and box."""
         return self.threat.region.project(points, x, self.radii(x), self.threat.box)
