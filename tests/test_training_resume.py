@@ -95,11 +95,17 @@ WORLD = """
 import sys
 import torch
 torch.set_num_threads(1)
-from mohs.attacks import PGD
-from mohs.defenses.training import AWP, SGD, TRADES, Free, GradAlign, Saddle, train
+from mohs.attacks import FGSM, PGD
+from mohs.defenses.training import (
+    AWP, SGD, TRADES, Cascade, Ensemble, FineTune, Free, GradAlign, Mixture, Saddle, UnifiedEmbedding, train,
+)
 from training_problem import blobs, perturb, recipe
 
-plan = recipe(eval(sys.argv[2]), threat="linf:0.05", optimiser=SGD(lr=0.1), epochs=2, batch=15)
+torch.manual_seed(0)
+other = torch.nn.Linear(6, 3)
+objective = eval(sys.argv[2])
+start = recipe().build_net() if isinstance(objective, FineTune) else None
+plan = recipe(objective, threat="linf:0.05", optimiser=SGD(lr=0.1), epochs=2, batch=15, start=start)
 train(plan, perturb=perturb, out=sys.argv[1], data=blobs(), device="cpu")
 """
 
@@ -107,8 +113,12 @@ train(plan, perturb=perturb, out=sys.argv[1], data=blobs(), device="cpu")
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 @pytest.mark.parametrize(
-    "objective", ["Saddle(PGD(steps=2))", "Free(2)", "AWP(TRADES(steps=2), 0.1)", "GradAlign(Saddle(PGD(steps=1)))"]
-)
+    "objective",
+    [
+        "Saddle(PGD(steps=2))", "Free(2)", "AWP(TRADES(steps=2), 0.1)", "GradAlign(Saddle(PGD(steps=1)))",
+        "FineTune(PGD(steps=2), 2.0)", "Cascade(Ensemble(UnifiedEmbedding(FGSM()), other), PGD(steps=2), other)",
+    ],
+)  # fmt: skip
 def test_two_processes_train_as_one(tmp_path: Path, objective: str) -> None:
     script = tmp_path / "world.py"
     script.write_text(WORLD)

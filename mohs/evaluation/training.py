@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +15,10 @@ from mohs import attacks
 from mohs.attacks import FGSM, PGD, Attack, Square, Stop
 from mohs.data import Dataset
 from mohs.defenses import training
-from mohs.defenses.training import Progress, Recipe, Trained, Watch
+from mohs.defenses.training import Distillation, Natural, Pretrained, Progress, Recipe, Trained, Watch
 from mohs.defenses.training.files import read_recipe
 from mohs.defenses.training.objective import against
+from mohs.errors import UsageError
 from mohs.target import classify
 from mohs.threat import Threat
 
@@ -69,6 +73,61 @@ def train(
         recipe, perturb=perturb, out=out, data=data, model=model, device=device, seed=seed, resume=resume,
         checkpoint_every=checkpoint_every, watch=watch, progress=progress,
     )  # fmt: skip
+
+
+class Distilled(NamedTuple):
+    """What ``distil`` brought: the student is the defense."""
+
+    teacher: Trained
+    student: Trained
+
+
+def distil(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    data: Dataset | None = None,
+    model: nn.Module | None = None,
+    device: str | torch.device | None = None,
+    resume: bool = True,
+    checkpoint_every: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Distilled:
+    """Defensive distillation: train a teacher at a temperature, then a net of the same architecture on its answers.
+
+    Both start from the same weights and see the data in the same order, as the recipe's seed says. An interrupted call
+    goes on where it stopped. See ``mohs.defenses.training.Distillation`` for what it is worth.
+
+    Args:
+        recipe: the teacher's, with ``Natural(temperature=T)`` as its objective; the student's differs in the objective alone.
+        out: directory; the two trainings lie in its folders ``teacher`` and ``student``.
+        model: instead of the recipe's net: becomes the student, in place; the teacher is a copy.
+        data, device, resume, checkpoint_every, progress: see ``mohs.defenses.training.train``.
+
+    Returns:
+        A ``Distilled``; ``student.model`` is used as it is, at temperature 1.
+
+    Raises:
+        UsageError: The recipe's objective is not ``Natural``.
+
+    Cost: that of the recipe twice, and a forward more per example and epoch of the student.
+    """
+    if not isinstance(recipe.objective, Natural):
+        raise UsageError(
+            f"distil trains the teacher as the recipe says, naturally at a temperature; the objective of {recipe.name!r} is "
+            f"{recipe.objective!r}. Give Natural(temperature=20)."
+        )
+
+    def trained(which: str, objective: Natural | Distillation, net: nn.Module | None) -> Trained:
+        plan = replace(recipe, name=f"{recipe.name}-{which}", objective=objective)
+        return train(
+            plan, out=Path(out) / which, data=data, model=net, device=device, resume=resume,
+            checkpoint_every=checkpoint_every, progress=progress,
+        )  # fmt: skip
+
+    teacher = trained("teacher", recipe.objective, copy.deepcopy(model))
+    objective = Distillation(Pretrained(teacher.model), recipe.objective.temperature)
+    return Distilled(teacher, trained("student", objective, model))
 
 
 def measure(model: nn.Module, data: Dataset, threat: Threat | str, seed: int = 0) -> dict[str, float]:

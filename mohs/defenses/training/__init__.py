@@ -7,7 +7,11 @@ them. ``mohs.evaluation.training`` puts the two together.
 from __future__ import annotations
 
 from mohs.defenses.training.awp import AWP
+from mohs.defenses.training.cascade import Cascade
+from mohs.defenses.training.distillation import Distillation
+from mohs.defenses.training.ensemble import Ensemble
 from mohs.defenses.training.fast import Fast
+from mohs.defenses.training.finetune import FineTune
 from mohs.defenses.training.free import Free
 from mohs.defenses.training.gradalign import GradAlign
 from mohs.defenses.training.loop import Progress, Trained, train
@@ -15,17 +19,19 @@ from mohs.defenses.training.mart import MART
 from mohs.defenses.training.mixture import Mixture
 from mohs.defenses.training.natural import Natural
 from mohs.defenses.training.nfgsm import NFGSM
-from mohs.defenses.training.objective import Context, Objective, Perturb
+from mohs.defenses.training.objective import Context, Objective, Perturb, Points
+from mohs.defenses.training.pretrained import Pretrained
 from mohs.defenses.training.recipe import Recipe
 from mohs.defenses.training.room import Room
 from mohs.defenses.training.saddle import Saddle
 from mohs.defenses.training.schedules import SGD, Adam, Constant, Cosine, Steps
 from mohs.defenses.training.trades import TRADES
 from mohs.defenses.training.turn import Turn
+from mohs.defenses.training.unified_embedding import UnifiedEmbedding
 from mohs.defenses.training.watch import EarlyWarning, Watch
 
 __all__ = [
-    "AWP", "Adam", "Constant", "Context", "Cosine", "EarlyWarning", "Fast", "Free", "GradAlign", "MART", "Mixture", "NFGSM",
-    "Natural", "Objective", "Perturb", "Progress", "Recipe", "Room", "SGD", "Saddle", "Steps", "TRADES", "Trained", "Turn",
-    "Watch", "train",
+    "AWP", "Adam", "Cascade", "Constant", "Context", "Cosine", "Distillation", "EarlyWarning", "Ensemble", "Fast", "FineTune",
+    "Free", "GradAlign", "MART", "Mixture", "NFGSM", "Natural", "Objective", "Perturb", "Points", "Pretrained", "Progress",
+    "Recipe", "Room", "SGD", "Saddle", "Steps", "TRADES", "Trained", "Turn", "UnifiedEmbedding", "Watch", "train",
 ]  # fmt: skip

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mohs.defenses.training.awp import AWP
+from mohs.defenses.training.cascade import Cascade
+from mohs.defenses.training.distillation import Distillation
+from mohs.defenses.training.ensemble import Ensemble
 from mohs.defenses.training.fast import Fast
+from mohs.defenses.training.finetune import FineTune
 from mohs.defenses.training.free import Free
 from mohs.defenses.training.gradalign import GradAlign
 from mohs.defenses.training.mart import MART
@@ -21,11 +25,13 @@ from mohs.defenses.training.recipe import Recipe
 from mohs.defenses.training.saddle import Saddle
 from mohs.defenses.training.schedules import SGD, Adam, Constant, Cosine, Steps
 from mohs.defenses.training.trades import TRADES
+from mohs.defenses.training.unified_embedding import UnifiedEmbedding
 from mohs.errors import MohsError, UsageError
 
 OBJECTIVES: dict[str, type] = {
     "natural": Natural, "mixture": Mixture, "saddle": Saddle, "trades": TRADES, "mart": MART, "fast": Fast, "nfgsm": NFGSM,
-    "free": Free, "gradalign": GradAlign, "awp": AWP,
+    "free": Free, "gradalign": GradAlign, "awp": AWP, "distillation": Distillation, "finetune": FineTune, "ensemble": Ensemble,
+    "cascade": Cascade, "unified_embedding": UnifiedEmbedding,
 }  # fmt: skip
 OPTIMISERS: dict[str, type] = {"sgd": SGD, "adam": Adam}
 SCHEDULES: dict[str, type] = {"constant": Constant, "steps": Steps, "cosine": Cosine}
@@ -99,6 +105,15 @@ def recipe_from_table(table: Mapping[str, Any], attacks: Mapping[str, type], whe
         name = "awp"
         gamma = 0.005
         objective = {name = "trades", beta = 6.0}
+
+    Fixed nets, of an objective or to start from, are bundled ones or weights that ``mohs train`` wrote; hidden code is never run:
+
+        start = "bundled:fashion-natural"
+
+        [objective]
+        name = "ensemble"
+        sources = ["bundled:fashion-natural", "runs/other/weights.safetensors"]
+        objective = {name = "mixture", attack = "FGSM"}
 
         [optimiser]
         name = "adam"
