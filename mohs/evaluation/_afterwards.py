@@ -115,7 +115,7 @@ def _looked(function: Callable[[Review], Seen], looked: Review) -> Seen:
 
 
 def _again(run: Evaluation, id_: str, seen: dict[str, Seen], planned: int) -> None:
-    """A loud check looks again once that was run which answers it. This look takes as many rows as any may: where the first one
+    """A loud check looks again once that was run which answers it. This look has ten times the passes: where the first one
     was loud on a few, that a second one is calm on a few others would be no news."""
     before = seen[id_]
     if len(run.steps) == planned or before.severity not in ("warn", "block"):

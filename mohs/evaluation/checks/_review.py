@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SHARE = 0.01
 """Of the passes that the plan took, about so much goes into each look of these checks, beyond the fewest rows that say anything."""
+AGAIN = 0.1
+"""The same of a later look, which is to be no weaker than the one before."""
 LEAST, MOST = 6, 32
 """Rows of such a look."""
 NEWLY, LEVEL = 0.002, 0.01
@@ -137,10 +139,9 @@ class Review:
         return int(sum(r.forwards.sum() + r.backwards.sum() for r in rows))
 
     def afford(self, passes: int, least: int = LEAST, most: int = MOST) -> int:
-        """How many rows a look of so many passes per row may take; a thorough one takes all that any look may."""
-        if self.thorough:
-            return most
-        return int(np.clip(SHARE * self.spent / max(passes, 1), least, most))
+        """How many rows a look of so many passes per row may take; a thorough one has ten times the passes."""
+        share = AGAIN if self.thorough else SHARE
+        return int(np.clip(share * self.spent / max(passes, 1), least, most))
 
     # ---- a little more ----------------------------------------------------------------------------------
 
