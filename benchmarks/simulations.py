@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mohs.evaluation.confirmation import ALPHA as CONFIRMED
-from mohs.evaluation.confirmation import needed
+from mohs.evaluation.confirmation import EARLY, needed
 from mohs.evaluation.evidence import Counts
 from mohs.records import clopper_pearson, finite_bounds, finite_sequence, median_interval
 from mohs.records.anytime import confidence_sequence, log_capital
@@ -118,8 +118,11 @@ def _confirmed() -> Iterator[list[object]]:
     draws, looks, n = 100, 10, 100
     for p in SHARES:
         robust = rng.binomial(n, p, RUNS)
-        wrong = rng.binomial(draws, 0.5, (int(robust.sum()), looks))
-        luck = (wrong >= [needed(draws, look + 1) for look in range(looks)]).any(1)
+        first = rng.binomial(draws // EARLY, 0.5, (int(robust.sum()), looks))
+        wrong = first + rng.binomial(draws - draws // EARLY, 0.5, first.shape)
+        early, late = ([needed(n, look + 1) for look in range(looks)] for n in (draws // EARLY, draws))
+        # points that are given up early are counted as if they were not: no fewer errors
+        luck = ((first >= early) | (wrong >= late)).any(1)
         survived = robust - np.bincount(np.repeat(np.arange(RUNS), robust)[luck], minlength=RUNS)
         upper = np.array([Counts(threat="t", n=n, survived=k, error=CONFIRMED).kept for k in range(n + 1)])[survived]
         label = f"random model, n = {n}, {looks} looks at each example"

@@ -61,7 +61,7 @@ Measured on 500 images with the plan 'standard' (percent; clean, naive, hand-mad
       with :2.3:0.2:5:2          80.6   57.8   11.8    8.6    8.6
     digital-watermarking         83.2   83.2    6.8    3.2    3.8
 
-A random defense is broken at an example, in every column, where the point that was found is confirmed on 100 fresh draws
+A random defense is broken at an example, in every column, where the point that was found is confirmed on fresh draws
 (``mohs.evaluation.confirm``). Expected to fall to within 2 points of 0.2 (12.2 for patches), and MISSED: thermometer:16 and
 defensive-perturbation. Not yet measured on as many images: non-local-means, crop-ensemble:10, activation-pruning, quilting,
 pixel-defend, defense-gan:50:2, and the rows under a patch in a fixed place.

@@ -235,7 +235,12 @@ def test_only_what_answers_a_check_calms_it(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_later_look_is_no_weaker_than_the_first() -> None:
     first, later = object.__new__(Review), object.__new__(Review)
     first.thorough, later.thorough = False, True
-    for spent, rows in ((0, (6, 6)), (1000, (6, 10)), (8000, (8, 16)), (10**6, (16, 16))):  # at most a tenth of the plan
+    for spent, rows in (
+        (0, (6, 6)),
+        (1000, (6, 10)),
+        (8000, (8, 16)),
+        (10**6, (16, 16)),
+    ):  # at most a tenth of the plan
         first.spent = later.spent = spent
         assert (first.afford(10, most=16), later.afford(10, most=16)) == rows
 

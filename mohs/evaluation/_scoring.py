@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mohs import records
 from mohs.attacks import Outcome
-from mohs.evaluation.confirmation import drawn, fresh, needed
+from mohs.evaluation.confirmation import asked, fresh
 
 if TYPE_CHECKING:
     from mohs.evaluation._stages import Evaluation
@@ -26,17 +26,20 @@ def stands(run: Evaluation, index: int, found: Outcome, ids: Tensor) -> tuple[Te
     """
     if not run.threat.draws:
         return found.success, None
-    won, draws = found.success.clone(), drawn(run.threat)
+    won = found.success.clone()
     rows = won.nonzero().squeeze(1)
     examples = ids[rows].cpu().numpy()
     looks = 1 + run.run.ledger.confirmations(index, examples)
-    wrong = fresh(
-        run.model, found.x[rows], run.y[ids[rows]], ids[rows], torch.from_numpy(looks).to(ids), draws, run.seed,
+    seen = asked(
+        run.model, found.x[rows], run.y[ids[rows]], ids[rows], torch.from_numpy(looks).to(ids), run.threat, run.seed,
         run.settings.reject,
     )  # fmt: skip
-    won[rows] = wrong >= wrong.new_tensor([needed(draws, k) for k in looks.tolist()])
+    won[rows] = seen.broken
     said = records.Draws(
-        attack=np.full(len(rows), index), example=examples, drawn=np.full(len(rows), draws), wrong=wrong.cpu().numpy()
+        attack=np.full(len(rows), index),
+        example=examples,
+        drawn=seen.drawn.cpu().numpy(),
+        wrong=seen.wrong.cpu().numpy(),
     )
     return won, said
 

@@ -276,7 +276,7 @@ def _doubtful(record: records.Record) -> NDArray[np.bool_]:
     scored = record.draws.attack == records.SCORE
     rows = record.draws
     for example, drawn, wrong in zip(rows.example[scored], rows.drawn[scored], rows.wrong[scored]):
-        doubtful[example] &= wrong < needed(int(drawn))
+        doubtful[example] &= wrong < needed(int(drawn), ends=1)
     return doubtful
 
 

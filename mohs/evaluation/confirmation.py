@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -20,7 +21,11 @@ ALPHA = 0.01
 """Probability at which an example is called broken though none of the points that were confirmed at it is wrong in more than half of
 the draws: over all looks at the example together, and where each of its points is wrong in exactly one half; else less."""
 TIMES, LEAST = 5, 100
-"""So many times as many draws as the threat names confirm a point, and at least so many: fewer would miss breaks near one half."""
+"""So many times as many draws as the threat names confirm a point at most, and at least so many: fewer would miss breaks near one
+half."""
+EARLY, HOPELESS = 5, 0.25
+"""After one in so many of these draws a point is through that is clearly broken by then, or wrong in at most that share of them:
+one that is wrong in 63% of its draws would be so given up in one of two thousand tries."""
 
 
 def level(look: int) -> float:
@@ -33,13 +38,14 @@ def level(look: int) -> float:
 
 
 @cache
-def needed(draws: int, look: int = 1) -> int:
-    """The fewest wrong answers at which the exact binomial test rejects 'at most half of the draws are wrong'.
+def needed(draws: int, look: int = 1, ends: int = 2) -> int:
+    """The fewest wrong answers at which the exact binomial test rejects 'at most half of the draws are wrong'. A look may end after
+    so many numbers of draws, two in ``confirm``, which share its error rate.
 
-    >>> needed(100), needed(100, look=10)
-    (63, 70)
+    >>> needed(20), needed(100), needed(100, look=10), needed(100, ends=1)
+    (17, 64, 71, 63)
     """
-    allowed, tail, wrong = level(look), 0, draws + 1
+    allowed, tail, wrong = level(look) / ends, 0, draws + 1
     while wrong > 0 and (tail + math.comb(draws, wrong - 1)) / 2**draws <= allowed:
         wrong -= 1
         tail += math.comb(draws, wrong)
@@ -56,7 +62,9 @@ def confirm(
     and counts where the exact binomial test rejects 'at most half of the draws are wrong'. Use it on what ``mohs.attack`` found on
     a random model; an evaluation does so by itself. It misses points that are wrong in little more than half of the draws.
 
-        broken  <=>  P(Binomial(m, 1/2) >= wrong) <= alpha * 6 / (pi k)^2,   m = max(5 * draws, 100), alpha = 0.01
+        broken  <=>  P(Binomial(m, 1/2) >= wrong) <= alpha * 3 / (pi k)^2   at m = M / 5 or at m = M = max(5 * draws, 100)
+
+    with alpha = 0.01. A point that is wrong in at most a quarter of the first fifth is given up there. Most points are clear by then.
 
     Args:
         model: as it is deployed (in eval mode; the Dropout below is in training mode, as its noise is what is shown); inputs in the
@@ -74,9 +82,9 @@ def confirm(
     Raises:
         UsageError: two rows have the same number; ``reject`` names no logit of the model, or not the one that it rejects by.
 
-    Cost: 100 forwards of one row per example, or five times the threat's ``draws``; of a deterministic model one. One row at a
-    time, as a model may draw once for a whole batch, and the errors at two examples must not depend on each other. None of these
-    rows is part of the passes that an attack reports.
+    Cost: 20 forwards of one row per example, or 100 where these leave it open (as many as the threat's ``draws``, or five times
+    these, if that is more); of a deterministic model one. One row at a time, as a model may draw once for a whole batch, and the
+    errors at two examples must not depend on each other. None of these rows is part of the passes that an attack reports.
 
     >>> noisy = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.2)).train()  # drops at random
     >>> points = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -96,13 +104,38 @@ def confirm(
         )
     if not threat.draws:
         return fresh(model, x, y, ids, torch.ones_like(ids), 1, seed, reject) > 0
-    m = drawn(threat)
-    return fresh(model, x, y, ids, torch.full_like(ids, look), m, seed, reject) >= needed(m, look)
+    return asked(model, x, y, ids, torch.full_like(ids, look), threat, seed, reject).broken
 
 
 def drawn(threat: Threat) -> int:
-    """How many fresh draws confirm a point under a threat."""
+    """How many fresh draws confirm a point under a threat, at most."""
     return max(TIMES * threat.draws, LEAST)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which points break the model, bool [N], and how many of how many draws were wrong, int64 [N] each."""
+
+    broken: Tensor
+    wrong: Tensor
+    drawn: Tensor
+
+
+def asked(
+    model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, looks: Tensor, threat: Threat, seed: int, reject: int | None = None
+) -> Asked:  # fmt: skip
+    """What ``confirm`` says, with the counts; ``looks`` [N]: which look at its example each row is. The draws are those of
+    ``fresh``, but for where they end."""
+    most, none = drawn(threat), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    first, broken, wrong, count = most // EARLY, none.bool(), none.clone(), none.clone()
+    for row, (look, example) in enumerate(zip(looks.tolist(), ids.tolist(), strict=True)):
+        point, label = x[row : row + 1], y[row : row + 1]
+        with untouched(model, _key(seed, look, example)), torch.no_grad():
+            times, n = _wrong(model, point, label, first, reject), first
+            if HOPELESS * first < times < needed(first, look):
+                times, n = times + _wrong(model, point, label, most - first, reject), most
+        wrong[row], count[row], broken[row] = times, n, times >= needed(n, look)
+    return Asked(broken, wrong, count)
 
 
 def fresh(
@@ -122,9 +155,17 @@ def fresh(
     """
     wrong = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for row, (look, example) in enumerate(zip(looks.tolist(), ids.tolist(), strict=True)):
-        point = x[row : row + 1]
-        with untouched(model, streams.text_key(f"{seed} fresh {look} {example}") % (1 << 62)), torch.no_grad():
-            logits = torch.cat([classify(model, point) for _ in range(draws)])
-        goal = Goal.leave(y[row : row + 1].expand(draws), reject=rejection(model, logits.shape[1], reject))
-        wrong[row] = (goal.margin(logits) > rounding(logits)).sum()
+        with untouched(model, _key(seed, look, example)), torch.no_grad():
+            wrong[row] = _wrong(model, x[row : row + 1], y[row : row + 1], draws, reject)
     return wrong
+
+
+def _key(seed: int, look: int, example: int) -> int:
+    return streams.text_key(f"{seed} fresh {look} {example}") % (1 << 62)
+
+
+def _wrong(model: nn.Module, point: Tensor, label: Tensor, draws: int, reject: int | None) -> int:
+    """How many of so many answers to one point [1, ...] are wrong and no rejection."""
+    logits = torch.cat([classify(model, point) for _ in range(draws)])
+    goal = Goal.leave(label.expand(draws), reject=rejection(model, logits.shape[1], reject))
+    return int((goal.margin(logits) > rounding(logits)).sum())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mohs.errors import RecordError
 from mohs.evaluation._quiet import untouched
-from mohs.evaluation.confirmation import drawn, fresh, needed
+from mohs.evaluation.confirmation import asked
 from mohs.models import weights_hash
 from mohs.models.code import code_parts, hash_of_parts
 from mohs.problem import Goal
@@ -94,9 +94,8 @@ def replay(record: Record, model: nn.Module) -> Replayed:
             inside &= (x.flatten(1).amin(1) >= threat.box[0]) & (x.flatten(1).amax(1) <= threat.box[1])
             if threat.draws:
                 look = torch.from_numpy(record.confirmation(attack, ids)).to(device)
-                m, at_least = drawn(threat), [needed(drawn(threat), k) for k in look.tolist()]
-                wins = fresh(model, x, y, torch.from_numpy(ids).to(device), look, m, record.header.seed, reject)
-                met = wins >= torch.tensor(at_least, device=device)
+                at_ids = torch.from_numpy(ids).to(device)
+                met = asked(model, x, y, at_ids, look, threat, record.header.seed, reject).broken
             else:
                 met = wrong(model, x, y, batch, record.header.seed, reject)
             points += len(ids)
