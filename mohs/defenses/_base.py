@@ -151,13 +151,13 @@ def declared(model: nn.Module) -> Declaration:
         Honest(model) if hiding else None,
         random=any(d.random for d in defenses),
         unit=any(d.unit for d in defenses),
-        rejects=isinstance(model, Defended) and _rejects(model),
+        rejects=rejecting(model),
     )
 
 
-def _rejects(model: Defended) -> bool:
-    """Is the last logit the rejection, made here or by what stands directly inside?"""
-    return model.defense.rejects or (isinstance(model.model, Defended) and _rejects(model.model))
+def rejecting(model: nn.Module) -> bool:
+    """Is the last logit the rejection, made by the outermost defense or by one directly inside?"""
+    return isinstance(model, Defended) and (model.defense.rejects or rejecting(model.model))
 
 
 @dataclass(frozen=True, init=False)

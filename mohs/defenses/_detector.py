@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mohs.defenses._base import Defended, Defense
-from mohs.errors import UsageError
+from mohs.defenses._base import Defended, Defense, rejecting
+from mohs.errors import DataError, UsageError
 from mohs.target import classify
+
+BATCH = 256
+"""Examples that are looked at together where no caller says how many."""
+HELD = 0.25
+"""Share of the clean examples that only the threshold comes from."""
 
 
 class Detector(Defense, ABC):
@@ -22,17 +28,21 @@ class Detector(Defense, ABC):
     The logits [B, K + 1] are those of the classifier and, for the rejection, their largest plus the score's excess over the
     threshold. So the input is rejected where the score is above it, unless the excess is lost in the rounding of the logits. One
     differentiable objective serves an attack that has to fool the classifier and to pass the detector: where it does one of the
-    two already, the margin is that of the other; where it does neither, what both lack adds up.
+    two already, the margin is that of the other; where it does neither, what both lack adds up. Around a classifier that rejects by
+    itself there is one rejection, the larger of both.
+
+    ``taught_by``: the arguments of ``fit`` after the model, for the message that asks for it.
     """
 
     rejects: ClassVar[bool] = True
     smooth: ClassVar[bool] = True
+    taught_by: ClassVar[str] = "x"
 
     def __call__(self, *models: nn.Module) -> nn.Module:
         """Raises: there is no detector before ``fit``."""
         raise UsageError(
             f"{type(self).__name__} learns what is usual from data, so it cannot defend a model by itself. Call "
-            f"{type(self).__name__}(...).fit(model, x, changed), which returns the defended model."
+            f"{type(self).__name__}(...).fit(model, {self.taught_by}), which returns the defended model."
         )
 
     def fitted(self, model: nn.Module, state: nn.Module) -> Defended:
@@ -45,20 +55,25 @@ class Detector(Defense, ABC):
         """Logits [B, K + 1]."""
         classifier, state = self._parts(model)
         logits, score = self.score(classifier, state, x)
-        excess = score - state.threshold
-        return torch.cat([logits, (logits.amax(1) + excess).unsqueeze(1)], 1)
+        already = logits[:, -1] if rejecting(classifier) else None
+        logits = logits if already is None else logits[:, :-1]
+        rejection = logits.amax(1) + (score - state.threshold)
+        rejection = rejection if already is None else torch.maximum(rejection, already)
+        return torch.cat([logits, rejection.unsqueeze(1)], 1)
 
     @abstractmethod
     def score(self, classifier: nn.Module, state: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, K] and how unusual each input is [B]; differentiable."""
+        """What the classifier answers, logits [B, K], and how unusual each input is [B]; differentiable."""
 
-    def scores(self, model: nn.Module, x: Tensor, batch: int = 256) -> Tensor:
+    def scores(self, model: nn.Module, x: Tensor, batch: int = BATCH) -> Tensor:
         """Scores [N] of inputs by a model that ``fit`` returned, without gradients; above its threshold they are rejected."""
         if not isinstance(model, Defended) or model.defense is not self:
             raise UsageError(
                 f"scores() needs the model that this {type(self).__name__}.fit returned; got {type(model).__name__}."
             )
-        classifier, state = self._parts(model.model)
+        return self._scored(*self._parts(model.model), x, batch)
+
+    def _scored(self, classifier: nn.Module, state: Any, x: Tensor, batch: int = BATCH) -> Tensor:
         with torch.no_grad():
             return torch.cat([self.score(classifier, state, part)[1] for part in x.split(batch)])
 
@@ -74,8 +89,57 @@ def threshold_at(scores: Tensor, fpr: float) -> float:
     Of n + 1 exchangeable scores the last is above the k-th smallest of the others with probability at most 1 - k / (n + 1).
     """
     ranked, n = scores.sort().values, len(scores)
-    k = math.ceil((1 - fpr) * (n + 1))
+    k = _rank(n, fpr)
     return float(ranked[k - 1]) if k <= n else math.inf
+
+
+def calibrated(scores: Tensor, fpr: float, what: str) -> Tensor:
+    """``threshold_at`` as a tensor like the scores [n] of clean examples.
+
+    Raises:
+        DataError: scores that are not finite, or too few to promise so small a rate.
+    """
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise DataError(
+            f"{what} chooses its threshold by the scores of clean examples; {len(bad)} of {len(scores)} are not finite, the first is "
+            f"number {bad[0]} of them. Does the model answer with finite logits there?"
+        )
+    if len(scores) < least(fpr):
+        raise DataError(
+            f"{what} needs at least {least(fpr)} clean examples for a threshold that rejects a share of {fpr:g}; {len(scores)} were "
+            "left for it. Give more, or a larger fpr."
+        )
+    return scores.new_tensor(threshold_at(scores, fpr))
+
+
+def least(fpr: float) -> int:
+    """The fewest examples whose order statistics hold this rate.
+
+    >>> least(0.05), least(0.1)
+    (19, 9)
+    """
+    return next(n for n in itertools.count(max(1, int(1 / fpr) - 2)) if _rank(n, fpr) <= n)
+
+
+def held_out(x: Tensor, fpr: float, what: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Clean examples [N, ...] by chance in two: those to learn from, and a quarter that only the threshold comes from.
+
+    Raises:
+        DataError: too few for a threshold that holds its rate.
+    """
+    held = int(HELD * len(x))
+    if held < least(fpr):
+        raise DataError(
+            f"{what} holds a quarter of its clean examples out, at least {least(fpr)} for a threshold that rejects a share of "
+            f"{fpr:g}; got {len(x)} in all. Give {math.ceil(least(fpr) / HELD)} or more, or a larger fpr."
+        )
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    return x[order[held:]], x[order[:held]]
+
+
+def _rank(n: int, fpr: float) -> int:
+    return math.ceil((1 - fpr) * (n + 1))
 
 
 def activations(model: nn.Module, names: Sequence[str], x: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mohs import streams
 from mohs.defenses._base import Defended
-from mohs.defenses._detector import Detector, activations, check_mode, threshold_at, weighted
+from mohs.defenses._detector import BATCH, Detector, activations, calibrated, check_mode, weighted
 from mohs.defenses._settings import number
 from mohs.errors import DataError, UsageError
 
@@ -20,8 +20,6 @@ FIT_STEPS = 200
 """Iterations of the logistic regression at most; it has as many weights as there are layers."""
 RIDGE = 1e-3
 """Weight of the squared coefficients, so that separable examples have a solution."""
-BATCH = 256
-"""Examples that are looked at together in ``fit``."""
 
 
 class LIDState(nn.Module):
@@ -87,6 +85,7 @@ class LID(Detector):
     references: int = 100
     fpr: float = 0.05
     layers: tuple[str, ...] | None = None
+    taught_by: ClassVar[str] = "x, changed"
 
     def __post_init__(self) -> None:
         number(self.k, "k of LID", 2, whole=True)
@@ -158,9 +157,7 @@ class LID(Detector):
         state.weight, state.bias = _regression(
             (both - state.low) / state.width, torch.cat([usual.new_zeros(len(usual)), usual.new_ones(len(unusual))])
         )
-        with torch.no_grad():
-            scores = torch.cat([self.score(model, state, part)[1] for part in x[held].split(BATCH)])
-        state.threshold = scores.new_tensor(threshold_at(scores, self.fpr))
+        state.threshold = calibrated(self._scored(model, state, x[held]), self.fpr, "LID")
         return self.fitted(model, state)
 
     def score(self, classifier: nn.Module, state: Any, x: Tensor) -> tuple[Tensor, Tensor]:
