@@ -89,7 +89,8 @@ Each is a frozen dataclass that takes a classifier and gives the defended one: `
 jpeg:75` on the command line. Any of them stands before any classifier, and before another defense. Each declares what an honest
 attacker needs: whether it is random, and what to differentiate instead of it. Evaluations use that, and find out for themselves
 what is not declared ([gradients](../gradients/index.md)). Those that are called negative controls only hide gradients: an
-evaluation that credits one with robustness has failed.
+evaluation that credits one with robustness has failed. Detectors learn first what is usual, as in
+`mohs.defenses.FeatureSqueezing().fit(model, x)`; the answer to what they reject is one more class, the last.
 """
 GRADIENTS = """# Gradients for models that hide them
 

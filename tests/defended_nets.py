@@ -64,6 +64,21 @@ def quilting() -> Defense:
     return defenses.Quilting.of(fashion()[0], patches=300, neighbours=3)
 
 
+@functools.cache
+def detectors() -> dict[str, nn.Module]:
+    """All detectors around the natural net, fitted on a few images, those that need more on their mirror images too."""
+    x = fashion(1000)[0]
+    coarse = 0.1 * (2 * torch.rand(x[:300].shape, generator=torch.Generator().manual_seed(0)) - 1).sign()
+    every = torch.ones(300, dtype=torch.bool)
+    squeezers = (defenses.BitDepth(4), defenses.MedianBlur(3))
+    return {
+        "lid": defenses.LID(k=10, references=50).fit(net(), x[:300], (x[:300] + coarse).clamp(0, 1), every),
+        "feature-squeezing": defenses.FeatureSqueezing(squeezers).fit(net(), x[:300]),
+        "magnet": defenses.MagNet(steps=20).fit(net(), x[:300]),
+        "pca-whitening": defenses.PCAWhitening().fit(net(), torch.cat([x, x.flip(-1)])),
+    }
+
+
 def thermometer_net(levels: int) -> nn.Module:
     """A small net on the code of ``levels``, with weights that no training has seen."""
     torch.manual_seed(levels)
@@ -71,9 +86,9 @@ def thermometer_net(levels: int) -> nn.Module:
 
 
 def every() -> dict[str, nn.Module]:
-    """All defenses of the registry, each around a net that fits it."""
+    """All defenses of the registry and all detectors, each around a net that fits it."""
     made = {name: defense(net()) for name, defense in (TRANSFORMS | OTHERS | CONTROLS).items()}
     made |= {name: defense(net(), net("pgd"), net()) for name, defense in ENSEMBLES.items()}
     made["quilting"] = quilting()(net())
     made["thermometer"] = defenses.Thermometer(4)(thermometer_net(4))
-    return made
+    return made | detectors()

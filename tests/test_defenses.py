@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import mohs
 from mohs import defenses
 from mohs.attacks import PGD
-from mohs.defenses import REGISTRY, BitDepth, Defended, Defense, Honest, NoiseInput, Stack, declared
+from mohs.defenses import DETECTORS, REGISTRY, BitDepth, Defended, Defense, Honest, NoiseInput, Stack, declared
 from mohs.errors import ModelError, UsageError
 
 ALL = every()
-NAMES = sorted(REGISTRY)
+KINDS: dict[str, type[Defense]] = {**REGISTRY, **DETECTORS}
+NAMES = sorted(KINDS)
 
 
 def answers(model: nn.Module, x: Tensor, seed: int = 0) -> Tensor:
@@ -28,12 +29,12 @@ def answers(model: nn.Module, x: Tensor, seed: int = 0) -> Tensor:
 
 def test_every_defense_is_here_and_exported() -> None:
     assert sorted(ALL) == NAMES
-    assert all(getattr(defenses, kind.__name__) is kind for kind in REGISTRY.values())
+    assert all(getattr(defenses, kind.__name__) is kind for kind in KINDS.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_says_what_it_must(name: str) -> None:
-    text = REGISTRY[name].__doc__ or ""
+    text = KINDS[name].__doc__ or ""
     assert all(part in text for part in ("Cost:", "**Differs from the paper**", "**Source**"))
     assert ("negative control" in text) == (name in CONTROLS)
 
@@ -96,7 +97,7 @@ class TestContract:
         assert hash(outermost) == hash(copy.deepcopy(outermost))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not REGISTRY[n].random])
+@pytest.mark.parametrize("name", [n for n in NAMES if not KINDS[n].random])
 def test_without_chance_no_generator_is_touched_and_rows_are_alone(name: str) -> None:
     model, x = ALL[name], fashion()[0][:8]
     before = torch.get_rng_state()

@@ -19,6 +19,7 @@ from mohs.defenses.defensive_perturbation import DefensivePerturbation
 from mohs.defenses.detach import Detach
 from mohs.defenses.digital_watermarking import DigitalWatermarking
 from mohs.defenses.double_softmax import DoubleSoftmax
+from mohs.defenses.feature_squeezing import FeatureSqueezing
 from mohs.defenses.gaussian_blur import GaussianBlur
 from mohs.defenses.gradient_noise import GradientNoise
 from mohs.defenses.gradient_truncation import GradientTruncation
@@ -28,6 +29,7 @@ from mohs.defenses.lid import LID
 from mohs.defenses.local_gradients_smoothing import LocalGradientsSmoothing
 from mohs.defenses.logit_rounding import LogitRounding
 from mohs.defenses.logit_scale import LogitScale
+from mohs.defenses.magnet import MagNet
 from mohs.defenses.majority_vote import MajorityVote
 from mohs.defenses.mean_blur import MeanBlur
 from mohs.defenses.mean_logits import MeanLogits
@@ -35,6 +37,7 @@ from mohs.defenses.mean_probabilities import MeanProbabilities
 from mohs.defenses.median_blur import MedianBlur
 from mohs.defenses.noise_input import NoiseInput
 from mohs.defenses.non_local_means import NonLocalMeans
+from mohs.defenses.pca_whitening import PCAWhitening
 from mohs.defenses.pixel_defend import PixelDefend
 from mohs.defenses.quilting import Quilting
 from mohs.defenses.random_resize_pad import RandomResizePad
@@ -75,8 +78,13 @@ REGISTRY: dict[str, type[Defense]] = {
 }
 """Every defense by the name the command line knows it by."""
 
-DETECTORS: dict[str, type[Detector]] = {"lid": LID}
-"""Those that learn from data what is usual, and reject the rest: ``LID().fit(model, x, y)`` is the defended model."""
+DETECTORS: dict[str, type[Detector]] = {
+    "lid": LID,
+    "feature-squeezing": FeatureSqueezing,
+    "magnet": MagNet,
+    "pca-whitening": PCAWhitening,
+}
+"""Those that learn from data what is usual, and reject the rest: ``MagNet().fit(model, x)`` is the defended model."""
 
 
 def parse(text: str | Iterable[str]) -> Defense:
@@ -114,6 +122,7 @@ __all__ = [
     "Detector",
     "DigitalWatermarking",
     "DoubleSoftmax",
+    "FeatureSqueezing",
     "GaussianBlur",
     "GradientNoise",
     "GradientTruncation",
@@ -124,6 +133,7 @@ __all__ = [
     "LocalGradientsSmoothing",
     "LogitRounding",
     "LogitScale",
+    "MagNet",
     "MajorityVote",
     "MeanBlur",
     "MeanLogits",
@@ -131,6 +141,7 @@ __all__ = [
     "MedianBlur",
     "NoiseInput",
     "NonLocalMeans",
+    "PCAWhitening",
     "PixelDefend",
     "Quilting",
     "RandomResizePad",
