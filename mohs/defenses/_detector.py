@@ -31,6 +31,10 @@ class Detector(Defense, ABC):
     two already, the margin is that of the other; where it does neither, what both lack adds up. Around a classifier that rejects by
     itself there is one rejection, the larger of both.
 
+    A score may depend on the answer, [B, K]; then that of the class with the highest logit decides. The logit of each class is
+    lowered by what its own excess has more than the answer's, which changes no answer. Without that, the margin would jump where
+    one class gives way to another, and an attack would climb to the brink of a class that is going to be rejected.
+
     ``taught_by``: the arguments of ``fit`` after the model, for the message that asks for it.
     """
 
@@ -57,16 +61,24 @@ class Detector(Defense, ABC):
         logits, score = self.score(classifier, state, x)
         already = logits[:, -1] if rejecting(classifier) else None
         logits = logits if already is None else logits[:, :-1]
-        rejection = logits.amax(1) + (score - state.threshold)
+        excess = score - state.threshold
+        own = of_answer(excess, logits)
+        rejection = logits.amax(1) + own
+        if excess.dim() == 2:
+            logits = logits + (own.clamp_min(0).unsqueeze(1) - excess.clamp_min(0))
         rejection = rejection if already is None else torch.maximum(rejection, already)
         return torch.cat([logits, rejection.unsqueeze(1)], 1)
 
     @abstractmethod
     def score(self, classifier: nn.Module, state: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the classifier answers, logits [B, K], and how unusual each input is [B]; differentiable."""
+        """What the classifier answers, logits [B, K], and how unusual each input is, [B], or is as a member of each class, [B, K];
+        differentiable."""
 
     def scores(self, model: nn.Module, x: Tensor, batch: int = BATCH) -> Tensor:
-        """Scores [N] of inputs by a model that ``fit`` returned, without gradients; above its threshold they are rejected."""
+        """Scores [N] of inputs by a model that ``fit`` returned, without gradients; above its threshold they are rejected.
+
+        Where score and threshold depend on the answer, it is what the score of the answer has over its threshold: above 0 is rejected.
+        """
         if not isinstance(model, Defended) or model.defense is not self:
             raise UsageError(
                 f"scores() needs the model that this {type(self).__name__}.fit returned; got {type(model).__name__}."
@@ -74,13 +86,22 @@ class Detector(Defense, ABC):
         return self._scored(*self._parts(model.model), x, batch)
 
     def _scored(self, classifier: nn.Module, state: Any, x: Tensor, batch: int = BATCH) -> Tensor:
+        found = []
         with torch.no_grad():
-            return torch.cat([self.score(classifier, state, part)[1] for part in x.split(batch)])
+            for part in x.split(batch):
+                logits, score = self.score(classifier, state, part)
+                found.append(score if score.dim() == 1 else of_answer(score - state.threshold, logits))
+        return torch.cat(found)
 
     @staticmethod
     def _parts(model: nn.Module) -> tuple[nn.Module, Any]:
         assert isinstance(model, nn.ModuleDict)
         return model["classifier"], model["detector"]
+
+
+def of_answer(values: Tensor, logits: Tensor) -> Tensor:
+    """Values [B] themselves; of values [B, K] those of the class with the highest logit, [B]."""
+    return values if values.dim() == 1 else values.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
 
 
 def threshold_at(scores: Tensor, fpr: float) -> float:
@@ -142,10 +163,17 @@ def _rank(n: int, fpr: float) -> int:
     return math.ceil((1 - fpr) * (n + 1))
 
 
-def activations(model: nn.Module, names: Sequence[str], x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and what the named layers answer, [B, D] each; differentiable."""
+def flat(value: Tensor) -> Tensor:
+    """What a layer answers, [B, ...], as rows of numbers [B, D]."""
+    return value.flatten(1)
+
+
+def activations(
+    model: nn.Module, names: Sequence[str], x: Tensor, form: Callable[[Tensor], Tensor] = flat
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and what the named layers answer, each in this ``form``; differentiable."""
     seen: dict[str, Tensor] = {}
-    with _listening(model, names, lambda name, value: seen.__setitem__(name, value.flatten(1))):
+    with _listening(model, names, lambda name, value: seen.__setitem__(name, form(value))):
         logits = classify(model, x)
     missing = [name for name in names if name not in seen]
     if missing:
