@@ -39,7 +39,8 @@ def cross_entropy(logits: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
 
     The cotangent is scaled by 1 / (1 - p): it is the softmax over the *other* classes minus the one-hot of the class,
     which keeps its direction when p rounds to 1 and the plain derivative is exactly zero (at margin 40 in float32 the
-    component of the true class is). ``plain_cross_entropy`` is the unscaled one.
+    component of the true class is). ``plain_cross_entropy`` is the unscaled one. Of a model that rejects, the class to leave
+    is the label or the rejection, whichever is likelier, and the other has no part in it (``Goal.contending``).
 
     >>> value, cotangent = cross_entropy(torch.tensor([[1000.0, 0.0, 0.0]]), Goal.leave(torch.tensor([0])))
     >>> value.tolist(), cotangent.tolist()
@@ -48,7 +49,11 @@ def cross_entropy(logits: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
     **Differs from the paper**: the positive factor per row; a sign or normalised step does not see it.
     **Source**: I. Goodfellow, J. Shlens, C. Szegedy, ICLR 2015, section 4; A. Madry et al., ICLR 2018, equation 2.1.
     """
-    pivot = goal.pivot.unsqueeze(1)
+    logits = goal.contending(logits)
+    pivot = (
+        goal.pivot if goal.reject is None else torch.where(goal.reach | (goal.aim >= 0), goal.pivot, goal.guard(logits))
+    )
+    pivot = pivot.unsqueeze(1)
     value = torch.log_softmax(logits, 1).gather(1, pivot).squeeze(1).neg_()
     others = torch.softmax(logits.scatter(1, pivot, -torch.inf), 1)
     direction = others.scatter_(1, pivot, -1.0)
@@ -136,6 +141,8 @@ def probability_margin(logits: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
     derivative. As 1 + v sums the probabilities but p_down, with p_up twice, the value is the difference of two
     logsumexps, and its derivative that of two softmaxes. For two classes it is the logit margin.
 
+    Of the label and the rejection of a model that rejects, only the likelier has a part in it (``Goal.contending``).
+
     A class to reach that has no probability yet has no part in the derivative of v; so there the value is its
     log-odds, log(p / (1 - p)): its logit against the logsumexp of all others.
 
@@ -147,6 +154,7 @@ def probability_margin(logits: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
     **Source**: Y. Xie et al., "Towards million-scale adversarial robustness evaluation with stronger individual attacks",
     CVPR 2025 (arXiv 2411.15210), the probability margin loss.
     """
+    logits = goal.contending(logits)
     up, down = goal.contest(logits)
     up, down, reach = up.unsqueeze(1), down.unsqueeze(1), goal.reach.unsqueeze(1)
     high, low = logits.gather(1, up), logits.gather(1, down)

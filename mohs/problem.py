@@ -102,11 +102,30 @@ class Goal(Rows):
             rest = torch.where(self.reach.unsqueeze(1), rest, hidden)
         rival = rest.argmax(1)
         rival = torch.where(self.aim >= 0, self.aim, rival)
-        guard = self.label
-        if self.reject is not None:
-            mine = logits.gather(1, self.label.unsqueeze(1)).squeeze(1)
-            guard = torch.where(logits[:, self.reject] > mine, self.reject, guard)
-        return torch.where(self.reach, self.label, rival), torch.where(self.reach, rival, guard)
+        return torch.where(self.reach, self.label, rival), torch.where(self.reach, rival, self.guard(logits))
+
+    def guard(self, logits: Tensor) -> Tensor:
+        """What another class has to beat for the label to be left, [B]: the label, or the rejection where its logit is higher."""
+        if self.reject is None:
+            return self.label
+        mine = logits.gather(1, self.label.unsqueeze(1)).squeeze(1)
+        return torch.where(logits[:, self.reject] > mine, self.reject, self.label)
+
+    def contending(self, logits: Tensor) -> Tensor:
+        """Logits [B, K] without the lower one of label and rejection, where a label is to be left.
+
+        Whoever beats the higher one beats both; to raise or lower the other changes nothing, but a probability that it shares in
+        would say otherwise.
+
+        >>> goal = Goal.leave(torch.tensor([0, 0]), reject=2)
+        >>> goal.contending(torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 4.0]])).tolist()
+        [[3.0, 1.0, -inf], [-inf, 1.0, 4.0]]
+        """
+        if self.reject is None:
+            return logits
+        lower = self.label + self.reject - self.guard(logits)
+        whole = self.reach | (self.label == self.reject)
+        return torch.where(whole.unsqueeze(1), logits, logits.scatter(1, lower.unsqueeze(1), -math.inf))
 
     @cached_property
     def pivot(self) -> Tensor:

@@ -71,6 +71,22 @@ def test_contest_names_the_pair_that_the_margin_compares(case: tuple[list[float]
     assert int(up) == aim
 
 
+@given(cases())
+def test_of_label_and_rejection_only_the_higher_contends(case: tuple[list[float], int, int | None, int]) -> None:
+    z, label, reject, aim = case
+    logits = torch.tensor([z])
+    assert torch.equal(Goal.attain(one(label), reject=reject).contending(logits), logits)
+    for goal in (Goal.leave(one(label), reject=reject), Goal.leave(one(label), aim=one(aim), reject=reject)):
+        guard, left = int(goal.guard(logits)), goal.contending(logits)
+        assert guard in (label, reject)
+        assert z[guard] == max(z[k] for k in {label, reject} - {None})
+        gone = {label, reject} - {None, guard}
+        assert [float(v) for v in left[0]] == [-math.inf if k in gone else z[k] for k in range(len(z))]
+        assert torch.equal(goal.margin(left), goal.margin(logits))
+    if reject is not None:  # to leave the rejection itself is to leave a class like others
+        assert torch.equal(Goal.leave(one(reject), reject=reject).contending(logits), logits)
+
+
 def test_a_rejection_is_no_success_and_leaving_beats_it_too() -> None:
     goal = Goal.leave(torch.tensor([0, 0, 0]), reject=2)
     logits = torch.tensor([[1.0, 0.0, 5.0], [1.0, 6.0, 5.0], [1.0, 4.0, 5.0]])

@@ -53,6 +53,36 @@ def written_out(objective: Objective, z: Tensor, goal: Goal) -> Tensor:
     return F.cross_entropy(z, goal.pivot, reduction="none") * goal.sign
 
 
+@pytest.mark.parametrize("objective", [cross_entropy, probability_margin], ids=repr)
+@pytest.mark.parametrize("aimed", [False, True])
+class TestRejection:
+    """Classes 0 to 3 and the rejection 4."""
+
+    def goal(self, aimed: bool) -> Goal:
+        label = torch.arange(60) % 4
+        return Goal.leave(label, aim=(label + 1) % 4 if aimed else None, reject=4)
+
+    def test_the_lower_of_label_and_rejection_has_no_part(self, objective: Objective, aimed: bool) -> None:
+        z, goal = logits(60, 5), self.goal(aimed)
+        lower = (goal.label + 4 - goal.guard(z)).unsqueeze(1)
+        value, cotangent = objective(z, goal)
+        assert not bool(cotangent.gather(1, lower).any())
+        assert bool((cotangent.gather(1, goal.guard(z).unsqueeze(1)) < 0).all()), "the other is to fall"
+        below = z.scatter(1, lower, z.gather(1, lower) - 3)
+        assert torch.equal(objective(below, goal)[0], value)
+
+    def test_it_is_the_objective_of_a_model_without_that_logit(self, objective: Objective, aimed: bool) -> None:
+        z, goal = logits(60, 5), self.goal(aimed)
+        for i in range(60):
+            label, guard = int(goal.label[i]), int(goal.guard(z)[i])
+            kept = [k for k in range(5) if k not in {label, 4} - {guard}]
+            aim = torch.tensor([kept.index(int(goal.aim[i]))]) if aimed else None
+            bare = Goal.leave(torch.tensor([kept.index(guard)]), aim=aim)
+            value, cotangent = objective(z[i : i + 1, kept], bare)
+            assert torch.allclose(objective(z, goal)[0][i], value)
+            assert torch.allclose(objective(z, goal)[1][i, kept], cotangent[0])
+
+
 def ratio(z: Tensor, goal: Goal) -> Tensor:
     """Equations 6 and 7 row by row, and what is said of fewer than four classes."""
     values = []
