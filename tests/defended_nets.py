@@ -85,6 +85,21 @@ def thermometer_net(levels: int) -> nn.Module:
     return mohs.models.nets.small_cnn(channels=levels).eval()
 
 
+@functools.cache
+def detectors() -> dict[str, nn.Module]:
+    """All detectors around the natural net, fitted on a few images with settings that keep the fit short."""
+    x, y = fashion(400)
+    changed = mohs.attack(mohs.attacks.FGSM(), net(), x[:100], y[:100], "linf:0.1")
+    pairs = (changed.x, changed.success)
+    planted = defenses.Trapdoor(side=5, strength=1.0, epochs=12, lr=0.005, fpr=0.3)
+    return {
+        "lid": defenses.LID(k=5, references=40).fit(net(), x[:100], *pairs),
+        "mahalanobis": defenses.Mahalanobis().fit(net(), x[:100], y[:100], *pairs),
+        "binary-detector": defenses.BinaryDetector(width=4, epochs=2).fit(net(), x[:100], *pairs),
+        "trapdoor": planted.fit(net(), x, y),
+    }
+
+
 def every() -> dict[str, nn.Module]:
     """All defenses of the registry and all detectors, each around a net that fits it."""
     made = {name: defense(net()) for name, defense in (TRANSFORMS | OTHERS | CONTROLS).items()}

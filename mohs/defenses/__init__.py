@@ -12,6 +12,7 @@ from mohs.defenses._base import Declaration, Defended, Defense, Honest, Stack, d
 from mohs.defenses._detector import Detector
 from mohs.defenses._parse import parse_with
 from mohs.defenses.activation_pruning import ActivationPruning
+from mohs.defenses.binary_detector import BinaryDetector
 from mohs.defenses.bit_depth import BitDepth
 from mohs.defenses.crop_ensemble import CropEnsemble
 from mohs.defenses.defense_gan import DefenseGAN
@@ -19,7 +20,7 @@ from mohs.defenses.defensive_perturbation import DefensivePerturbation
 from mohs.defenses.detach import Detach
 from mohs.defenses.digital_watermarking import DigitalWatermarking
 from mohs.defenses.double_softmax import DoubleSoftmax
-from mohs.defenses.feature_squeezing import FeatureSqueezing
+from mohs.defenses.dynamic_adversary import DynamicAdversary
 from mohs.defenses.gaussian_blur import GaussianBlur
 from mohs.defenses.gradient_noise import GradientNoise
 from mohs.defenses.gradient_truncation import GradientTruncation
@@ -29,7 +30,7 @@ from mohs.defenses.lid import LID
 from mohs.defenses.local_gradients_smoothing import LocalGradientsSmoothing
 from mohs.defenses.logit_rounding import LogitRounding
 from mohs.defenses.logit_scale import LogitScale
-from mohs.defenses.magnet import MagNet
+from mohs.defenses.mahalanobis import Mahalanobis
 from mohs.defenses.majority_vote import MajorityVote
 from mohs.defenses.mean_blur import MeanBlur
 from mohs.defenses.mean_logits import MeanLogits
@@ -44,6 +45,7 @@ from mohs.defenses.random_resize_pad import RandomResizePad
 from mohs.defenses.reject_disagreement import RejectDisagreement
 from mohs.defenses.thermometer import Thermometer
 from mohs.defenses.total_variation import TotalVariation
+from mohs.defenses.trapdoor import Trapdoor
 
 REGISTRY: dict[str, type[Defense]] = {
     "bit-depth": BitDepth,
@@ -80,11 +82,11 @@ REGISTRY: dict[str, type[Defense]] = {
 
 DETECTORS: dict[str, type[Detector]] = {
     "lid": LID,
-    "feature-squeezing": FeatureSqueezing,
-    "magnet": MagNet,
-    "pca-whitening": PCAWhitening,
+    "mahalanobis": Mahalanobis,
+    "binary-detector": BinaryDetector,
+    "trapdoor": Trapdoor,
 }
-"""Those that learn from data what is usual, and reject the rest: ``MagNet().fit(model, x)`` is the defended model."""
+"""Those that learn from data what is usual, and reject the rest: ``LID().fit(model, x, changed)`` is the defended model."""
 
 
 def parse(text: str | Iterable[str]) -> Defense:
@@ -111,6 +113,7 @@ __all__ = [
     "DETECTORS",
     "REGISTRY",
     "ActivationPruning",
+    "BinaryDetector",
     "BitDepth",
     "CropEnsemble",
     "Declaration",
@@ -122,7 +125,7 @@ __all__ = [
     "Detector",
     "DigitalWatermarking",
     "DoubleSoftmax",
-    "FeatureSqueezing",
+    "DynamicAdversary",
     "GaussianBlur",
     "GradientNoise",
     "GradientTruncation",
@@ -133,7 +136,7 @@ __all__ = [
     "LocalGradientsSmoothing",
     "LogitRounding",
     "LogitScale",
-    "MagNet",
+    "Mahalanobis",
     "MajorityVote",
     "MeanBlur",
     "MeanLogits",
@@ -149,6 +152,7 @@ __all__ = [
     "Stack",
     "Thermometer",
     "TotalVariation",
+    "Trapdoor",
     "declared",
     "parse",
 ]
