@@ -64,21 +64,6 @@ def quilting() -> Defense:
     return defenses.Quilting.of(fashion()[0], patches=300, neighbours=3)
 
 
-@functools.cache
-def detectors() -> dict[str, nn.Module]:
-    """All detectors around the natural net, fitted on a few images, those that need more on their mirror images too."""
-    x = fashion(1000)[0]
-    coarse = 0.1 * (2 * torch.rand(x[:300].shape, generator=torch.Generator().manual_seed(0)) - 1).sign()
-    every = torch.ones(300, dtype=torch.bool)
-    squeezers = (defenses.BitDepth(4), defenses.MedianBlur(3))
-    return {
-        "lid": defenses.LID(k=10, references=50).fit(net(), x[:300], (x[:300] + coarse).clamp(0, 1), every),
-        "feature-squeezing": defenses.FeatureSqueezing(squeezers).fit(net(), x[:300]),
-        "magnet": defenses.MagNet(steps=20).fit(net(), x[:300]),
-        "pca-whitening": defenses.PCAWhitening().fit(net(), torch.cat([x, x.flip(-1)])),
-    }
-
-
 def thermometer_net(levels: int) -> nn.Module:
     """A small net on the code of ``levels``, with weights that no training has seen."""
     torch.manual_seed(levels)
@@ -88,15 +73,20 @@ def thermometer_net(levels: int) -> nn.Module:
 @functools.cache
 def detectors() -> dict[str, nn.Module]:
     """All detectors around the natural net, fitted on a few images with settings that keep the fit short."""
-    x, y = fashion(400)
+    x, y = fashion(1000)
     changed = mohs.attack(mohs.attacks.FGSM(), net(), x[:100], y[:100], "linf:0.1")
     pairs = (changed.x, changed.success)
     planted = defenses.Trapdoor(side=5, strength=1.0, epochs=12, lr=0.005, fpr=0.3)
+    squeezers = (defenses.BitDepth(4), defenses.MedianBlur(3))
     return {
         "lid": defenses.LID(k=5, references=40).fit(net(), x[:100], *pairs),
         "mahalanobis": defenses.Mahalanobis().fit(net(), x[:100], y[:100], *pairs),
         "binary-detector": defenses.BinaryDetector(width=4, epochs=2).fit(net(), x[:100], *pairs),
-        "trapdoor": planted.fit(net(), x, y),
+        "trapdoor": planted.fit(net(), x[:400], y[:400]),
+        "feature-squeezing": defenses.FeatureSqueezing(squeezers).fit(net(), x[:300]),
+        "magnet": defenses.MagNet(steps=20).fit(net(), x[:300]),
+        # as many again by turning them over
+        "pca-whitening": defenses.PCAWhitening().fit(net(), torch.cat([x, x.flip(-1)])),
     }
 
 

@@ -116,7 +116,7 @@ class TestThreshold:
 
     def test_lid_too_refuses_to_promise_what_it_cannot_hold(self) -> None:
         x = fashion(240)[0][:62]
-        with pytest.raises(DataError, match="LID needs at least 19 clean examples"):
+        with pytest.raises(DataError, match="LID needs its 40 references and at least 38 further examples"):
             LID(k=5, references=40).fit(net(), x, (x + 0.1).clamp(0, 1))
 
 
@@ -339,9 +339,10 @@ class TestEach:
         with torch.no_grad():
             rejected = torch.cat([guarded(part).argmax(1) == 10 for part in x[300:700].split(100)])
         scores, threshold = detector.scores(guarded, x[300:700], batch=100), guarded.model["detector"].threshold
+        threshold = threshold if threshold.dim() == 0 else torch.zeros(())  # a score by class is what it has over its threshold
         clear = (scores - threshold).abs() > 1e-4
         assert torch.equal(rejected[clear], (scores > threshold)[clear])
-        assert float(rejected.double().mean()) < 0.15
+        assert float(rejected.double().mean()) < detector.fpr + 0.1
 
     def test_saved_and_loaded(self, name: str) -> None:
         guarded, x = detectors()[name], fashion()[0][:8]
@@ -377,16 +378,16 @@ class TestEach:
         assert torch.equal(two[:, :10], one[:, :10])
 
     def test_before_it_is_fitted(self, name: str) -> None:
-        arguments = "model, x, changed" if name == "lid" else "model, x"
-        with pytest.raises(UsageError, match=rf"fit\({arguments}\), which"):
+        with pytest.raises(UsageError, match=rf"fit\(model, {DETECTORS[name].taught_by}\), which"):
             DETECTORS[name]()(net())
 
     def test_a_model_in_training_mode_is_refused(self, name: str) -> None:
         model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10))
         unfitted: Any = DETECTORS[name]()
-        x = fashion(1000)[0][:100]
+        x, y = fashion(1000)
+        given = {"x": x[:100], "y": y[:100], "changed": x[:100]}
         with pytest.raises(UsageError, match="training mode"):
-            unfitted.fit(model, x, *([x] if name == "lid" else []))
+            unfitted.fit(model, *(given[argument] for argument in unfitted.taught_by.split(", ")))
 
 
 def test_what_ignores_the_detector_is_caught_and_what_knows_it_is_not() -> None:

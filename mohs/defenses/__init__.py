@@ -21,6 +21,7 @@ from mohs.defenses.detach import Detach
 from mohs.defenses.digital_watermarking import DigitalWatermarking
 from mohs.defenses.double_softmax import DoubleSoftmax
 from mohs.defenses.dynamic_adversary import DynamicAdversary
+from mohs.defenses.feature_squeezing import FeatureSqueezing
 from mohs.defenses.gaussian_blur import GaussianBlur
 from mohs.defenses.gradient_noise import GradientNoise
 from mohs.defenses.gradient_truncation import GradientTruncation
@@ -30,6 +31,7 @@ from mohs.defenses.lid import LID
 from mohs.defenses.local_gradients_smoothing import LocalGradientsSmoothing
 from mohs.defenses.logit_rounding import LogitRounding
 from mohs.defenses.logit_scale import LogitScale
+from mohs.defenses.magnet import MagNet
 from mohs.defenses.mahalanobis import Mahalanobis
 from mohs.defenses.majority_vote import MajorityVote
 from mohs.defenses.mean_blur import MeanBlur
@@ -85,8 +87,11 @@ DETECTORS: dict[str, type[Detector]] = {
     "mahalanobis": Mahalanobis,
     "binary-detector": BinaryDetector,
     "trapdoor": Trapdoor,
+    "feature-squeezing": FeatureSqueezing,
+    "magnet": MagNet,
+    "pca-whitening": PCAWhitening,
 }
-"""Those that learn from data what is usual, and reject the rest: ``LID().fit(model, x, changed)`` is the defended model."""
+"""Those that learn from data what is usual, and reject the rest: ``MagNet().fit(model, x)`` is the defended model."""
 
 
 def parse(text: str | Iterable[str]) -> Defense:
@@ -126,6 +131,7 @@ __all__ = [
     "DigitalWatermarking",
     "DoubleSoftmax",
     "DynamicAdversary",
+    "FeatureSqueezing",
     "GaussianBlur",
     "GradientNoise",
     "GradientTruncation",
@@ -136,6 +142,7 @@ __all__ = [
     "LocalGradientsSmoothing",
     "LogitRounding",
     "LogitScale",
+    "MagNet",
     "Mahalanobis",
     "MajorityVote",
     "MeanBlur",
