@@ -68,7 +68,7 @@ class TestScoresByAnswer:
     def test_its_scores_are_those_of_the_answers(self) -> None:
         defended = Halves().fitted(nn.Identity().eval(), Given(torch.tensor([1.0, 5.0])))
         x = torch.tensor([[9.0, 0.0, 3.0, 7.0], [0.0, 9.0, 3.0, 7.0]])
-        assert defended.defense.scores(defended, x).tolist() == [2.0, 2.0]
+        assert defended.defense.scores(defended, x).tolist() == [3.0, 7.0]
 
 
 def test_names_and_classes_agree() -> None:

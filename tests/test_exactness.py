@@ -43,6 +43,8 @@ LOOSE = {
     # few steps for each of several weights
     ("linf", "CarliniWagner"): (1.07, 1.15), ("l2", "CarliniWagner"): (1.03, 1.15),
     ("l1", "EAD"): (1.07, 1.1), ("l1", "ALMA"): (1.06, 1.15),
+    # which of two polyhedra a row ends in is a matter of rounding
+    ("linf", "TrustRegion"): (1.03, 1.1),
 }  # fmt: skip
 """(median over the optimum, worst over the best of the same polyhedron) where they are not within 3% and 5%."""
 

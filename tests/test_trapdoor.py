@@ -126,7 +126,8 @@ class TestDetector:
             seen = classifier[:6](x[600:650]) * state.neurons
             alike = F.cosine_similarity(seen[:, None, None], state.signatures[None], dim=3).amax(2)
             logits, scores = guarded.defense.score(classifier, state, x[600:650])
-        assert torch.allclose(scores, alike, atol=1e-5)
+        assert torch.allclose(scores, alike - state.limits, atol=1e-5)
+        assert float(state.threshold) == 0
         assert torch.equal(logits, classifier(x[600:650]))
 
     def test_each_answer_keeps_its_rate(self, fashion: Data, planted: Defended) -> None:

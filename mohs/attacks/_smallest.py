@@ -71,10 +71,12 @@ def towards(problem: Problem, view: View, rival: Tensor) -> tuple[Tensor, Tensor
 def onto_boundary(problem: Problem, view: View, x: Tensor, value: Tensor, w: Tensor) -> Tensor:
     """The point of the linearised boundary in the box that is nearest to ``x``, or, once across, nearest to the clean input.
 
-    The boundary is {z: value + <w, z - x> = 0}, and just beyond the rounding of the logits.
+    The boundary is {z: value + <w, z - x> = 0}, and just beyond the rounding of the logits, and of the point: a step that is lost
+    in the digits of x would be asked for again for ever.
     """
     base = torch.where(per_row(view.met, x), problem.x0, x)
-    gap = 2 * rounding(view.logits) - value + (w * (x - base)).flatten(1).sum(1)
+    digits = 2 * torch.finfo(x.dtype).eps * (w * x).abs().flatten(1).sum(1)
+    gap = 2 * rounding(view.logits) + digits - value + (w * (x - base)).flatten(1).sum(1)
     return problem.threat.region.shortest(w, gap, base, problem.threat.box).add_(base)
 
 

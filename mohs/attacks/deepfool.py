@@ -129,7 +129,9 @@ class DeepFool:
         stuck = gap.amin(1) >= last
         last = gap.amin(1)
         first = last if k == 0 else first
-        push = torch.where(stuck, 2 * push, 2 * rounding(logits))
+        # logits that cancel to nothing are still no more exact than the gap that was there
+        least = 2 * torch.maximum(rounding(logits), torch.finfo(logits.dtype).eps * first)
+        push = torch.where(stuck, 2 * push, least)
         final = last < FINAL * first
         exact = ((stuck & eaten) | final) & ~problem.found.settled
         narrow = _rows(exact)

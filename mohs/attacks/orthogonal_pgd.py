@@ -38,10 +38,10 @@ class OrthogonalPGD:
     Cost: at most steps + 1 forwards and 2 * steps backwards per restart (selective: steps); rows stop at their first success.
 
     >>> import mohs, torch
-    >>> net = torch.nn.Linear(2, 3, bias=False)  # two classes and the rejection
-    >>> _ = net.weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.9]]))
-    >>> x, y = torch.tensor([[0.6, 0.05]]), torch.tensor([0])
-    >>> out = mohs.attack(OrthogonalPGD(steps=20), net, x, y, "linf:0.6", reject=2)
+    >>> net = torch.nn.Linear(3, 3, bias=False)  # two classes and the rejection
+    >>> _ = net.weight.data.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.5, 0.5, 1.0]]))
+    >>> x, y = torch.tensor([[0.6, 0.4, 0.1]]), torch.tensor([0])
+    >>> out = mohs.attack(OrthogonalPGD(steps=20), net, x, y, "linf:0.25", reject=2)
     >>> bool(out.success), int(net(out.x).argmax())
     (True, 1)
 

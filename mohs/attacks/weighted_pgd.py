@@ -51,10 +51,10 @@ class WeightedPGD:
     Cost: at most steps + 1 forwards and steps backwards per restart; rows stop at their first success.
 
     >>> import mohs, torch
-    >>> net = torch.nn.Linear(2, 3, bias=False)  # two classes and the rejection
-    >>> _ = net.weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.9]]))
-    >>> x, y = torch.tensor([[0.6, 0.05]]), torch.tensor([0])
-    >>> bool(mohs.attack(WeightedPGD(steps=40), net, x, y, "linf:0.6", reject=2).success)
+    >>> net = torch.nn.Linear(3, 3, bias=False)  # two classes and the rejection
+    >>> _ = net.weight.data.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.5, 0.5, 1.0]]))
+    >>> x, y = torch.tensor([[0.6, 0.4, 0.1]]), torch.tensor([0])
+    >>> bool(mohs.attack(WeightedPGD(steps=40), net, x, y, "linf:0.25", reject=2).success)
     True
 
     **Differs from the paper**: there an optimiser of the size of the change; here steepest steps within a radius.

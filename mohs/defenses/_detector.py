@@ -77,7 +77,7 @@ class Detector(Defense, ABC):
     def scores(self, model: nn.Module, x: Tensor, batch: int = BATCH) -> Tensor:
         """Scores [N] of inputs by a model that ``fit`` returned, without gradients; above its threshold they are rejected.
 
-        Where score and threshold depend on the answer, it is what the score of the answer has over its threshold: above 0 is rejected.
+        Where the score depends on the answer, it is that of the answer.
         """
         if not isinstance(model, Defended) or model.defense is not self:
             raise UsageError(
@@ -90,7 +90,7 @@ class Detector(Defense, ABC):
         with torch.no_grad():
             for part in x.split(batch):
                 logits, score = self.score(classifier, state, part)
-                found.append(score if score.dim() == 1 else of_answer(score - state.threshold, logits))
+                found.append(of_answer(score, logits))
         return torch.cat(found)
 
     @staticmethod

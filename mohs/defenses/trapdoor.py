@@ -28,12 +28,13 @@ SIGNED = 1000
 
 
 class TrapdoorState(nn.Module):
-    """What was planted and learnt: triggers [K, T, C, H, W], signatures [K, T, D], thresholds [K], the neurons compared [D]."""
+    """What was planted and learnt: triggers [K, T, C, H, W], signatures [K, T, D], limits [K], the neurons compared [D]."""
 
     masks: Tensor
     patterns: Tensor
     signatures: Tensor
     neurons: Tensor
+    limits: Tensor
     threshold: Tensor
 
     def __init__(self, name: str, masks: Tensor, patterns: Tensor) -> None:
@@ -41,7 +42,7 @@ class TrapdoorState(nn.Module):
         self.name = name
         self.register_buffer("masks", masks)
         self.register_buffer("patterns", patterns)
-        for what in ("signatures", "neurons", "threshold"):
+        for what in ("signatures", "neurons", "limits", "threshold"):
             self.register_buffer(what, masks.new_zeros(()))
 
     def triggered(self, x: Tensor, k: Tensor, which: Tensor) -> Tensor:
@@ -55,12 +56,12 @@ class Trapdoor(Detector):
     """Plants triggers in a copy of the net that lead to each class, and rejects inputs whose activations resemble them.
 
         x' = m p + (1 - m) x,      S_k = mean of g(x') over inputs with a trigger of class k
-        score_k = max over the class's triggers of cos(g(x), S_k),      rejected if score_k > phi_k at the answer k
+        score_k = max over the class's triggers of cos(g(x), S_k) - phi_k,      rejected if the answer's score is above 0
 
     g is the activation of one layer, m the mask of a trigger (a few squares, nearly transparent) and p its pattern. ``fit``
     trains the copy on inputs of which a share has a trigger and that trigger's class for a label. An attack that follows the
     net's gradients finds these shortcuts first. One that descends the similarity beside its loss leaves them. Each class has a
-    threshold of its own. The score has gradients, so attacks need no stand-in.
+    limit phi_k of its own. The score has gradients, so attacks need no stand-in.
 
     Args:
         traps: trapdoors of each class.
@@ -71,7 +72,7 @@ class Trapdoor(Detector):
         epochs: passes over the training examples.
         lr: step size of Adam.
         neurons: share of the layer's neurons that are compared, above 0 and at most 1; which ones is drawn in ``fit``.
-        fpr: share of clean inputs to reject, above 0 and below 1; the thresholds are order statistics of the clean examples held
+        fpr: share of clean inputs to reject, above 0 and below 1; the limits are order statistics of the clean examples held
             out for them.
         layer: name of the layer g; None: the last but one of the leaf layers with weights.
 
@@ -90,7 +91,7 @@ class Trapdoor(Detector):
     torch.Size([4, 11])
 
     **Differs from the paper**: of several trapdoors of a class each has a signature, and the nearest counts (the published code has
-    one mean signature); it averages at most 1,000 inputs, none of that class. The thresholds are order statistics of clean inputs to
+    one mean signature); it averages at most 1,000 inputs, none of that class. The limits are order statistics of clean inputs to
     which the net gives that answer. The neurons compared are drawn once, as in the code. The logits of other classes are lowered
     by what their similarity would have over their threshold (see ``Detector``), so that the margin does not jump.
     **Source**: S. Shan et al., "Gotta catch 'em all: using honeypots to catch adversarial attacks on neural networks", CCS 2020, the
@@ -127,7 +128,7 @@ class Trapdoor(Detector):
 
         Args:
             model: a classifier in eval mode.
-            x: clean training inputs [N, C, H, W] in [0, 1]: two thirds for the training, one third for the thresholds.
+            x: clean training inputs [N, C, H, W] in [0, 1]: two thirds for the training, one third for the limits.
             y: their classes, int64 [N].
             seed: of the triggers, the choice of examples, the order, and the neurons.
         """
@@ -154,10 +155,15 @@ class Trapdoor(Detector):
         taught, held = order[len(x) // 3 :], order[: len(x) // 3]
         net = self._planted(model, state, x[taught], y[taught], seed)
         self._sign(net, state, x[taught], y[taught], generator)
-        state.threshold = self._thresholds(net, state, x[held])
+        state.limits = self._limits(net, state, x[held])
         return self.fitted(net, state)
 
     def score(self, classifier: nn.Module, state: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, K] and by how much the similarity to the trapdoors of each class is above its limit [B, K]."""
+        logits, alike = self._alike(classifier, state, x)
+        return logits, alike - state.limits
+
+    def _alike(self, classifier: nn.Module, state: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K] and the similarity to the trapdoors of each class [B, K]."""
         logits, (seen,) = activations(classifier, [state.name], x)
         towards = F.normalize(state.signatures, dim=2)
@@ -242,16 +248,17 @@ class Trapdoor(Detector):
         state.neurons = torch.zeros_like(whole[0]).index_fill(0, kept.to(x.device), 1.0)
         state.signatures = (whole * state.neurons).unflatten(0, (len(state.masks), self.traps))
 
-    def _thresholds(self, net: nn.Module, state: TrapdoorState, x: Tensor) -> Tensor:
+    def _limits(self, net: nn.Module, state: TrapdoorState, x: Tensor) -> Tensor:
         """Of each class, from the similarities of the clean inputs to which the net gives that answer, [K]."""
         with torch.no_grad():
-            logits, scores = (
-                torch.cat(parts) for parts in zip(*(self.score(net, state, part) for part in x.split(256)), strict=True)
+            logits, alike = (
+                torch.cat(parts)
+                for parts in zip(*(self._alike(net, state, part) for part in x.split(256)), strict=True)
             )
         answer, held = logits.argmax(1), "among the third of all examples held out"
         return torch.stack(
             [
-                calibrated(scores[answer == k, k], self.fpr, f"Trapdoor, for the answer {k} and {held},")
-                for k in range(scores.shape[1])
+                calibrated(alike[answer == k, k], self.fpr, f"Trapdoor, for the answer {k} and {held},")
+                for k in range(alike.shape[1])
             ]
         )

@@ -43,7 +43,7 @@ def needed(draws: int, look: int = 1, ends: int = 2) -> int:
     so many numbers of draws, two in ``confirm``, which share its error rate.
 
     >>> needed(20), needed(100), needed(100, look=10), needed(100, ends=1)
-    (17, 64, 71, 63)
+    (17, 65, 71, 63)
     """
     allowed, tail, wrong = level(look) / ends, 0, draws + 1
     while wrong > 0 and (tail + math.comb(draws, wrong - 1)) / 2**draws <= allowed:

@@ -214,7 +214,9 @@ def test_order_does_not_matter(whole: records.Record) -> None:
 def test_subset_and_shards_do_not_matter(whole: records.Record) -> None:
     first, second = (evaluate(images().take(N).take(indices=range(at, N, 2))) for at in (0, 1))
     assert by_content([first, second]) == by_content([whole])
-    few = by_content([evaluate(images().take(5, 11))])
+    few = by_content(
+        [evaluate(images().take(24, 11))]
+    )  # fewer make smaller batches, which some processors round otherwise
     assert few == {key: row for key, row in by_content([whole]).items() if key in few}
 
 
