@@ -137,9 +137,9 @@ class TestNoTraces:
 
         x = images(300)
         check(Wrapped(before=count), (x, torch.zeros(300).long()), "linf:0.1")
-        # 1 base, 5 for randomness, 2 for coupling, 1 in double precision, 1 with a graph, 1 step along it; 8 alone; 2 of four
-        # for seeds; the rest of 256
-        assert sorted(rows) == [1] * 8 + [4] * 2 + [64] * 11 + [192]
+        # 1 base, 5 for randomness, 2 for coupling, 1 in double precision, 1 with a graph, 1 step along it; 8 alone, 1 watched; 2
+        # of four for seeds; 1 of 16 for the slopes of two logits; the rest of 256
+        assert sorted(rows) == [1] * 9 + [4] * 2 + [16] + [64] * 11 + [192]
 
     def test_a_random_model_costs_less_than_20_forwards_per_example(self) -> None:
         rows = []
@@ -151,8 +151,8 @@ class TestNoTraces:
         x = images(300)
         check(Wrapped(before=count), (x, torch.zeros(300).long()), "linf:0.1")
         # 1 base, 5 for randomness, 1 with a graph; 19 more graphs and 8 pairs before and after the step, of 16 rows
-        # each; 2 of 2 to name the layer
-        assert sorted(rows) == [2] * 2 + [16] * 35 + [64] * 7 + [192]
+        # each; 1 for the slopes of two logits; 2 of 2 to name the layer, 1 watched
+        assert sorted(rows) == [1] + [2] * 2 + [16] * 36 + [64] * 7 + [192]
         assert sum(rows) < 20 * 64
 
 

@@ -143,7 +143,8 @@ class TestNoGradient:
     def test_no_loss_where_the_threat_grants_no_gradient(self) -> None:
         threat = Threat(mohs.Linf(0.1), access=Access.LABEL)
         assert severities(found(Cut(), threat)) == {
-            "no-gradient": "info", "zero-gradient": "info", "gradient-promise": "info",
+            "no-gradient": "info", "zero-gradient": "info", "sparse-gradient": "info", "imbalance": "info",
+            "gradient-promise": "info",
         }  # fmt: skip
 
     def test_at_a_fixed_batch(self) -> None:

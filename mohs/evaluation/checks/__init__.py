@@ -26,7 +26,10 @@ from mohs.evaluation.checks import (
     _convergence,
     _gradient,
     _inputs,
+    _inside,
+    _landscape,
     _precision,
+    _repeat,
     _seed,
     _slope,
     _validity,
@@ -46,12 +49,16 @@ CHECKS: dict[str, tuple[str, Callable[[Probe], Seen]]] = {
     "few-classes": ("number of classes", _behaviour.few_classes),
     "randomness": ("randomness", _behaviour.randomness),
     "frozen-seed": ("draws that are no secret", _seed.frozen_seed),
+    "inner-search": ("no search inside the model", _inside.inner_search),
     "batch-coupling": ("independence of the batch", _behaviour.batch_coupling),
     "clean-accuracy": ("clean accuracy", _inputs.clean_accuracy),
     "precision": ("precision of the numbers", _precision.precision),
     "saturated-logits": ("saturated logits", _gradient.saturated_logits),
     "no-gradient": ("gradient exists", _gradient.no_gradient),
     "zero-gradient": ("gradient is not zero", _gradient.zero_gradient),
+    "sparse-gradient": ("gradient reaches the input", _landscape.sparse_gradient),
+    "imbalance": ("both logits are steep", _landscape.imbalance),
+    "steadiness": ("noise leaves answers alone", _landscape.steadiness),
     "gradient-promise": ("gradient keeps its promise", _slope.kept_promise),
 }
 """Every check by id: its name and its function, in the order of the findings."""
@@ -76,6 +83,9 @@ AFTERWARDS: dict[str, tuple[str, Callable[[Review], Seen]]] = {
     "feasible": ("points inside region and box", _validity.feasible),
     "rescored": ("points fool the model again", _validity.rescored),
     "eight-bit": ("points as images of 8 bits", _validity.eight_bit),
+    "repeatable": ("the attack repeats itself", _repeat.repeatable),
+    "chance": ("chance decides answers", _repeat.chance),
+    "resolution": ("examples enough", _repeat.resolution),
     "labels": ("labels agree", _validity.labels_agree),
     "whole-accuracy": ("clean accuracy of all examples", _validity.whole_accuracy),
 }
@@ -117,9 +127,9 @@ def check(
         ModelError: the model raises, or answers with something that is not logits.
         DataError: inputs or labels are not tensors that an attack could use.
 
-    Cost: for n = min(N, 64), 9 passes of n, one more in double precision, up to 8 of one, 2 of four, 1 of min(N, 256) - n,
-    and 2 backwards; 2 to 3 more passes where the model is in training mode or has no gradient, and a few of 4 or 16 to name a
-    layer. A random model takes 7 passes of n, 35 of min(N, 16) and 2 of two. With 256 examples that is at most 19 forwards
+    Cost: for n = min(N, 64), 9 passes of n, one more in double precision, up to 9 of one, 2 of four, 1 of min(N, 16), 1 of
+    min(N, 256) - n, and 2 backwards of n and 2 of min(N, 16); 2 to 3 more passes where the model is in training mode or has no gradient, and a few of 4 or 16 to name a
+    layer. A random model takes 7 passes of n, 36 of min(N, 16), 2 of two and 1 of one. With 256 examples that is at most 19 forwards
     for each of the 64. A ``batch`` larger than these is padded, and costs what it holds.
 
     >>> import mohs, torch

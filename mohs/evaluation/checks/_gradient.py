@@ -24,9 +24,12 @@ _BLACK_BOX = (
     "--access score, for an attack that needs no more."
 )
 
+FAINT = 1e-3
+"""How long the cross-entropy's gradient is at least, over the margin's."""
+
 
 def saturated_logits(probe: Probe) -> Seen:
-    """Are the logits so far apart that the cross-entropy rounds to zero? No pass of its own."""
+    """Are the logits so far apart that the cross-entropy rounds to zero, or loses its gradient? No pass of its own."""
     value, _ = plain_cross_entropy(probe.logits.float(), Goal.leave(probe.logits.argmax(1)))
     zeros = float((value == 0).double().mean())
     median = float(probe.lead.median())
@@ -35,7 +38,17 @@ def saturated_logits(probe: Probe) -> Seen:
         f"{zeros:.0%}"
     )
     if median <= 50 and zeros < 0.5:
-        return ok(saw)
+        own, likelihood = probe.gradients if not probe.graph_error else (probe.x.new_zeros(1, 1),) * 2
+        length = float(own.norm(dim=1).median())
+        share = float(likelihood.norm(dim=1).median()) / length if length > 0 else 1.0
+        if not share < FAINT:
+            return ok(saw)
+        return Seen(
+            "info", f"{saw}; its gradient is {share:.1g} times as long as the margin's (median, threshold {FAINT:g})",
+            "The cross-entropy is nearly flat where the answer is right, as after distillation or much training: attacks of other "
+            "tools that follow it with steps of its own length hardly move.",
+            "Use the margin, or steps that do not depend on the gradient's length, as the built-in plans do.",
+        )  # fmt: skip
     return Seen(
         "warn", saw,
         "In float32 such cross-entropies have no gradient, so attacks of other tools fail on them for no good reason "

@@ -17,6 +17,8 @@ from mohs.threat import Threat
 
 SAMPLE = 64
 """Rows most checks look at."""
+FEW = 16
+"""Rows that are enough where a look is dear."""
 MANY = 256
 """Rows the clean accuracy is measured on."""
 
@@ -103,12 +105,17 @@ class Probe:
         return (self.x + 0.05 * spread * noise).clamp_(lo, hi)
 
     @cached_property
+    def noisy_logits(self) -> Tensor:
+        """Of the sample with small noise, [n, K]."""
+        return self.forward(self.noisy)
+
+    @cached_property
     def spread(self) -> tuple[float, float, int]:
         """How repeated passes disagree: (largest relative change of a logit, that on noisy inputs, rows that flip)."""
         again = [self.forward(self.x) for _ in range(3)]
         change = max(relative(self.logits, z) for z in again)
         flips = torch.stack([z.argmax(1) != self.logits.argmax(1) for z in again]).any(0)
-        first, second = self.forward(self.noisy), self.forward(self.noisy)
+        first, second = self.noisy_logits, self.forward(self.noisy)
         flips |= first.argmax(1) != second.argmax(1)
         return change, relative(first, second), int(flips.sum())
 
@@ -143,6 +150,23 @@ class Probe:
         pieces = [self._gradient_pair(part, guide or self.model) for part in x.split(self.batch or len(x))]
         own, likelihood = zip(*pieces)
         return torch.cat(own), torch.cat(likelihood)
+
+    @cached_property
+    def logit_slopes(self) -> tuple[Tensor, Tensor]:
+        """Lengths of the input gradients of the highest logit and of the second, [min(n, 16)] each."""
+        pieces = []
+        for part in self.x[:FEW].split(self.batch or FEW):
+            rows = len(part)
+            if self.batch is not None:
+                part = part[torch.arange(self.batch, device=part.device).clamp_max(rows - 1)]
+            x = part.detach().clone().requires_grad_(True)
+            with torch.enable_grad():
+                graph = classify(self.model, x)
+                top = graph.gather(1, graph.detach().topk(2, dim=1).indices).sum(0)
+            first, second = (torch.autograd.grad(logit, x, retain_graph=True)[0] for logit in top)
+            pieces.append((first[:rows].flatten(1).norm(dim=1), second[:rows].flatten(1).norm(dim=1)))
+        one, two = zip(*pieces)
+        return torch.cat(one), torch.cat(two)
 
     def _gradient_pair(self, part: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
         rows = len(part)
