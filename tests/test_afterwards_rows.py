@@ -264,7 +264,9 @@ def test_a_larger_radius_breaks_no_less(survived: list[int], lost: list[int], se
 )
 def test_draws_that_never_disagree_are_no_chance(wrong: list[int], severity: str) -> None:
     count = len(wrong)
-    draws = SimpleNamespace(attack=np.array([SCORE] * 3 + [0] * (count - 3)), drawn=np.full(count, 20), wrong=np.array(wrong))
+    draws = SimpleNamespace(
+        attack=np.array([SCORE] * 3 + [0] * (count - 3)), drawn=np.full(count, 20), wrong=np.array(wrong)
+    )
     seen = _repeat.chance(
         review(steps=PLAN, threat=Threat(Linf(0.1), draws=20), upto=3, record=SimpleNamespace(draws=draws))
     )

@@ -242,6 +242,35 @@ def test_a_dear_tactic_is_held_against_steps_for_the_same_price(
     assert asked[1:] == ([] if dear < tactics.CLEARLY else [("cheap, 135 steps", left, 135)])  # 9 times the price
 
 
+@pytest.mark.parametrize(
+    ("honest", "other", "kept"),
+    [
+        ((0, 1, 2), (0, 1, 9), "honest"),  # breaks 2 that the best left: who is far ahead still misses some
+        ((7, 8), (1, 2), "other"),
+        ((8, 9), (0, 9), "other"),
+        ((7, 8, 9), (7, 8, 9), "honest"),  # neither adds any, but what is declared is not ruled out by so few
+    ],
+)
+def test_what_a_near_tie_passes_over_is_left_for_the_survivors(
+    honest: tuple[int, ...], other: tuple[int, ...], kept: str
+) -> None:
+    best = tactics.Trial(tactics.PLAIN, 7, 10, 0.0, 1, left=(7, 8, 9))
+    trials = [
+        best,
+        tactics.Trial(tactics.Tactic("other"), 8, 10, 0.0, 1, left=other),
+        tactics.Trial(tactics.Tactic("honest", against="declared"), 7, 10, 0.0, 1, left=honest),
+        tactics.Trial(tactics.Tactic("dear"), 3, 3, 0.0, 1, left=(), after="gradients as they are"),
+        tactics.Trial(tactics.Tactic("broken"), 0, 10, 0.0, 1, error="no", left=()),
+    ]
+    found = tactics._passed_over(trials, best)
+    assert found is not None
+    assert found.name == kept
+    assert tactics._passed_over(trials, tactics.Trial(tactics.PLAIN, 10, 10, 0.0, 1)) is None
+    few = replace(best, left=(7,))
+    assert tactics._passed_over([few, trials[1]], few) is (None if 7 in other else trials[1].tactic)
+    assert tactics._passed_over([best, replace(trials[1], left=(7, 8, 9))], best) is None
+
+
 def other_gradients() -> tuple[tactics.Choice, nn.Module]:
     """Honest gradients for the plan, smoothed ones for its survivors; and a model that is broken by neither everywhere."""
     model = defenses.BitDepth(3)(mohs.models.load("bundled:fashion-pgd")).eval()

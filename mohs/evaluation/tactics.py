@@ -152,6 +152,8 @@ def choose(
             around = partial(FiniteDifference, sigma=sigma, draws=24)
             best, other = _dearer(Tactic("finite differences", around, 1), best, tried)
             second = other or second
+    if second is None and not best.after:
+        second = _passed_over(trials, best)
     return Choice(best.tactic, tuple(trials), second)
 
 
@@ -171,6 +173,18 @@ def _dearer(tactic: Tactic, best: Trial, tried: Callable[..., Trial]) -> tuple[T
     if dear.broken > best.broken and dear.broken >= longer + CLEARLY:
         return dear, best.tactic if best.broken else None
     return best, None if longer >= dear.broken + CLEARLY else tactic
+
+
+def _passed_over(trials: Sequence[Trial], best: Trial) -> Tactic | None:
+    """What breaks most of the examples that the best tactic left, if any; else what the defense declares, which a few examples
+    must not rule out."""
+    others = [t for t in trials if not (t is best or t.after or t.error)]
+    if not others or not best.left:
+        return None
+    found = max(others, key=lambda t: len(set(best.left) - set(t.left)))
+    if set(best.left) - set(found.left):
+        return found.tactic
+    return next((t.tactic for t in others if t.tactic.against == "declared"), None)
 
 
 def _candidates(

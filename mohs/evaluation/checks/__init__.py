@@ -128,9 +128,10 @@ def check(
         DataError: inputs or labels are not tensors that an attack could use.
 
     Cost: for n = min(N, 64), 9 passes of n, one more in double precision, up to 9 of one, 2 of four, 1 of min(N, 16), 1 of
-    min(N, 256) - n, and 2 backwards of n and 2 of min(N, 16); 2 to 3 more passes where the model is in training mode or has no gradient, and a few of 4 or 16 to name a
-    layer. A random model takes 7 passes of n, 36 of min(N, 16), 2 of two and 1 of one. With 256 examples that is at most 19 forwards
-    for each of the 64. A ``batch`` larger than these is padded, and costs what it holds.
+    min(N, 256) - n, and 2 backwards of n and 2 of min(N, 16); 2 to 3 more passes where the model is in training mode or has no
+    gradient, and a few of 4 or 16 to name a layer. A random model takes 7 passes of n, 36 of min(N, 16), 2 of two and 1 of one.
+    With 256 examples that is at most 19 forwards for each of the 64. A ``batch`` larger than these is padded, and costs what it
+    holds.
 
     >>> import mohs, torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Softmax(1)).eval()

@@ -73,5 +73,3 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.searches += func in SEARCHES
         return func(*args, **(kwargs or {}))
-
-

@@ -33,9 +33,9 @@ def repeatable(review: Review) -> Seen:
     # spread over all that it had, the last ones first
     picked = np.unique(np.linspace(0, len(rows.example) - 1, count).astype(np.int64))[::-1].copy()
     again = review.tried(attack, torch.from_numpy(rows.example[picked]).to(review.run.x.device), **manner).success
-    torn = int((again.cpu().numpy() != rows.success[picked]).sum())
+    n, torn = len(picked), int((again.cpu().numpy() != rows.success[picked]).sum())
     saw = (
-        f"{type(attack).__name__} again, with the same seed in other batches: {len(picked) - torn} of {len(picked)} examples end as before"
+        f"{type(attack).__name__} again, with the same seed in other batches: {n - torn} of {n} examples end as before"
     )
     if not torn:
         return ok(saw)
