@@ -103,6 +103,44 @@ def test_functions_are_passed_straight_through_even_in_a_model_that_shows_nothin
     assert bool((g != 0).any())
 
 
+class Search(nn.Module):
+    """Answers at what a search by gradients of its own ends with, from the input or from a point of its own."""
+
+    def __init__(self, own: bool, steps: int = 4) -> None:
+        super().__init__()
+        self.net, self.own, self.steps = net(), own, steps
+        self.decoder = nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (1, 4, 4)))  # its weights have gradients too
+
+    def found(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = torch.zeros(len(x), 3) if self.own else x.detach().clone()
+            for _ in range(self.steps):
+                z = z.detach().requires_grad_()
+                error = (self.decoder(z) - x.detach() if self.own else self.net(z).sin()).square().sum()
+                z = z - 0.1 * torch.autograd.grad(error, z)[0]
+        with torch.no_grad():
+            return self.decoder(z.detach()) if self.own else z.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.found(x))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_search_inside_is_left_alone_and_what_it_finds_goes_on(own: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = Search(own).eval()
+    x = images()
+    for compare in (False, True):
+        guide = Straight(Hidden(model), attach=True, compare=compare)
+        asked = x.clone().requires_grad_(True)
+        assert torch.equal(guide(asked), model(x))
+        # each step from the input itself is cut off too, and counts as the input: a tenth less, in the same direction
+        share = 1.0 if own else 1 - 0.1 * model.steps
+        assert torch.allclose(gradient(guide, x), share * gradient(model.net, model.found(x)), rtol=1e-4, atol=1e-7)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_what_comes_back_from_numpy_is_attached() -> None:
     def codec(inner: nn.Module, x: Tensor) -> Tensor:
         return inner(torch.from_numpy((x.detach().numpy() * 7).round() / 7))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,26 @@ def test_where_nothing_works_the_block_stays(data: mohs.data.Dataset) -> None:
     record = mohs.evaluate(Constant().eval(), zeros, "linf:0.1", plan=plan(), control=0, claim="accuracy >= 0.5")
     assert record.verdict is not None
     assert record.verdict.word == "blocked"
+
+
+def test_what_cannot_run_guides_no_plan() -> None:
+    broken = tactics.Trial(tactics.PLAIN, 0, 4, -math.inf, 0, error="no gradient", left=(0, 1, 2, 3))
+    costly = tactics.Tactic("dear")
+
+    def tried(tactic: tactics.Tactic, after: tactics.Trial | None = None, steps: int = 15) -> tactics.Trial:
+        assert after is None, "nothing was left to others by what did not run"
+        return tactics.Trial(tactic, 0, 4, -1.0, 9, left=(0, 1, 2, 3))
+
+    assert tactics._dearer(costly, broken, tried)[0].tactic is costly
+    assert (
+        tactics._dearer(costly, broken, lambda t: tactics.Trial(t, 0, 4, 0.0, 0, error="neither"))[0].tactic
+        is tactics.PLAIN
+    )
+    finding = mohs.records.Finding(id="no-gradient", name="", severity="block", saw="", means="", remedy="")
+    lucky = tactics.Trial(tactics.Tactic("other"), 1, 4, 0.0, 9)
+    for chosen, severity in ((broken, "block"), (lucky, "warn")):
+        (said,) = tactics.remedied([finding], tactics.Choice(chosen.tactic, (broken, lucky)))
+        assert said.severity == severity
 
 
 def test_a_guide_that_cannot_run_says_why(data: mohs.data.Dataset) -> None:

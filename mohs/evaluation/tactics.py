@@ -164,12 +164,14 @@ def _dearer(tactic: Tactic, best: Trial, tried: Callable[..., Trial]) -> tuple[T
     one broke, and clearly more than the further steps, guides the plan, and the one that was best is left for the others; one
     that adds less is left for the others itself, unless the further steps add clearly more than it does.
     """
-    dear, longer = tried(tactic, best), 0
+    if best.error:  # what cannot run guides no plan, and left nothing to others
+        dear = tried(tactic)
+        return (best if dear.error else dear), None
+    dear = tried(tactic, best)
     if dear.broken < CLEARLY:
         return best, None
-    if not best.error:
-        steps = max(round(STEPS * dear.each / max(best.each, 1)), STEPS)
-        longer = tried(replace(best.tactic, name=f"{best.tactic.name}, {steps} steps"), best, steps).broken
+    steps = max(round(STEPS * dear.each / max(best.each, 1)), STEPS)
+    longer = tried(replace(best.tactic, name=f"{best.tactic.name}, {steps} steps"), best, steps).broken
     if dear.broken > best.broken and dear.broken >= longer + CLEARLY:
         return dear, best.tactic if best.broken else None
     return best, None if longer >= dear.broken + CLEARLY else tactic
@@ -305,7 +307,7 @@ def remedied(findings: Sequence[records.Finding], choice: Choice) -> list[record
             f"Done: all attacks take their gradients {chosen.tactic.name}. That broke {chosen.broken} of {left}; as they are, "
             f"{first.broken} of {first.n}."
         )
-    works = any(t.broken for t in choice.trials)
+    works = bool(chosen.broken) or (not chosen.error and any(t.broken for t in choice.trials))
     mended = []
     for finding in findings:
         if finding.id in REMEDIED and finding.severity in ("warn", "block"):

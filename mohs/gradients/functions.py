@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from mohs.errors import ModelError
 from mohs.gradients._comparisons import Comparisons
+from mohs.gradients._reached import Reached
 from mohs.guide import Guide, instead, paused
 
 STAIRS = frozenset(
@@ -24,18 +25,25 @@ SOFT = frozenset({"softmax", "log_softmax", "sigmoid"})
 
 
 class _Mended(TorchFunctionMode):
-    """While active, stairs are passed straight through, and gradients are recorded even where the model forbids it."""
+    """While active, stairs are passed straight through, and gradients are recorded even where the model forbids it.
+
+    A search that the model makes by gradients of its own, from a point that it makes for that, is left alone: only what it found
+    goes on.
+    """
 
     def __init__(self, x: Tensor, attach: bool, compare: bool) -> None:
         super().__init__()
         self.x, self.attach = x, attach
         self.comparisons = Comparisons() if compare else None
+        self.input, self.searches = Reached(x), Reached()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if paused():
+            return func(*args, **kwargs)
+        if torch.is_grad_enabled() and self.searches.ends and any(self.searches.by(value) for value in args):
             return func(*args, **kwargs)
         with torch.enable_grad():
             if self.attach:
@@ -48,15 +56,25 @@ class _Mended(TorchFunctionMode):
                     value = func(*args, **kwargs)
                 return instead(value, first) if isinstance(value, Tensor) and value.shape == first.shape else value
             if self.comparisons is not None:
-                return self.comparisons.call(name, func, args, kwargs)
-            return func(*args, **kwargs)
+                value = self.comparisons.call(name, func, args, kwargs)
+            else:
+                value = func(*args, **kwargs)
+            if _begins(value) and value is not self.x:
+                self.searches.ends.append(value)
+            return value
 
     def _attached(self, value: Any) -> Any:
-        loose = (
-            isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.requires_grad
+        alike = (
+            isinstance(value, Tensor) and value is not self.x and not isinstance(value, nn.Parameter)
             and value.is_floating_point() and value.shape == self.x.shape and value.dtype == self.x.dtype
         )  # fmt: skip
-        return instead(value, self.x) if loose else value
+        # a gradient may get to weights, or to where a search of the model began, and not to the input
+        return instead(value, self.x) if alike and not self.input.by(value) else value
+
+
+def _begins(value: Any) -> bool:
+    """Is it a point that the model wants gradients of?"""
+    return isinstance(value, Tensor) and value.requires_grad and value.is_leaf and not isinstance(value, nn.Parameter)
 
 
 class Straight(Guide):
