@@ -386,24 +386,6 @@ def test_random_models_are_not_judged_by_luck() -> None:
     assert loud <= {"randomness", "rescored"}
 
 
-def test_company_that_decides_who_is_broken_is_seen(healthy: Record) -> None:
-    net = relu_net(SHAPE)
-    x, y = data(net)
-
-    class Coupled(nn.Module):
-        """On attacked inputs alone, where no check before the plan looks."""
-
-        def forward(self, points: Tensor) -> Tensor:
-            moved = torch.cdist(points.flatten(1), x.flatten(1)).amin(1, keepdim=True) > 1e-4
-            z = net(points)
-            return z - moved * z.flip(0)
-
-    record = mohs.evaluate(Coupled().eval(), (x, y), THREAT, plan=short(8), adaptive="off", batch=8, control=12)
-    assert found(record)["repeatable"] == "info"
-    assert found(healthy)["repeatable"] == "ok"
-    assert "as before" in said(healthy, "repeatable")
-
-
 def test_what_follows_the_plan_runs_on_the_control_subset_too_where_a_second_look_compares(mended: Record) -> None:
     control = set(np.flatnonzero(mended.correct & mended.examples.control).tolist())
     assert len(mended.header.attacks) > 4

@@ -13,9 +13,8 @@ from core_models import inputs, relu_net
 from torch import Tensor, nn
 
 from mohs.attacks import APGD, PGD, Square
-from mohs.evaluation.checks import _ablation, _consistency, _convergence, _repeat, _validity
+from mohs.evaluation.checks import _ablation, _consistency, _convergence, _validity
 from mohs.evaluation.plans import PlanStep
-from mohs.records.rows import SCORE
 from mohs.records.schema import CurvePoint
 from mohs.regions import Linf
 from mohs.threat import Access, Threat
@@ -254,30 +253,3 @@ def curve(survived: list[int], lost: list[int]) -> list[CurvePoint]:
 )
 def test_a_larger_radius_breaks_no_less(survived: list[int], lost: list[int], severity: str) -> None:
     assert _validity.radii(curve(survived, lost)).severity == severity
-
-
-# ---- chance and numbers -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("wrong", "severity"), [([0] * 6 + [20] * 6, "info"), ([0] * 6 + [20] * 5 + [19], "ok"), ([0] * 9, "info")]
-)
-def test_draws_that_never_disagree_are_no_chance(wrong: list[int], severity: str) -> None:
-    count = len(wrong)
-    draws = SimpleNamespace(
-        attack=np.array([SCORE] * 3 + [0] * (count - 3)), drawn=np.full(count, 20), wrong=np.array(wrong)
-    )
-    seen = _repeat.chance(
-        review(steps=PLAN, threat=Threat(Linf(0.1), draws=20), upto=3, record=SimpleNamespace(draws=draws))
-    )
-    assert seen.severity == severity
-    assert ("not tested" in seen.saw) == (count < 10)
-    assert _repeat.chance(review(steps=PLAN)).severity == "ok"
-
-
-@pytest.mark.parametrize(("n", "severity"), [(100, "info"), (450, "ok")])
-def test_few_examples_tell_little(n: int, severity: str) -> None:
-    alive = np.arange(n) < n // 2
-    seen = _repeat.resolution(review(alive=alive, record=SimpleNamespace(n=n)))
-    assert seen.severity == severity
-    assert f"with {n} examples" in seen.saw
