@@ -40,7 +40,7 @@ def test_company_that_decides_who_is_broken_is_seen(share: float, severity: str)
     with torch.no_grad():
         y = model(x).argmax(1)
     plan = Plan("short", (PlanStep.make("PGD", {"steps": 8}),))
-    record = mohs.evaluate(model, (x, y), "linf:0.1", plan=plan, adaptive="off", batch=8, control=12)
+    record = mohs.evaluate(model, (x, y), "linf:0.02", plan=plan, adaptive="off", batch=8, control=12)
     (seen,) = [f for f in record.header.checks if f.id == "repeatable"]
     assert seen.severity == severity
     assert "with the same seed" in seen.saw
