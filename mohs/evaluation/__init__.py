@@ -20,6 +20,7 @@ from mohs.evaluation.exam import Exam, exam
 from mohs.evaluation.plans import Plan, PlanStep, available_plans, load_plan
 from mohs.evaluation.replay import Replayed, replay
 from mohs.evaluation.robustness import rho_adv, smallest_radius
+from mohs.evaluation.roc import ROC
 from mohs.evaluation.seal import Seal
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Median",
     "Plan",
     "PlanStep",
+    "ROC",
     "Replayed",
     "Scores",
     "Seal",
