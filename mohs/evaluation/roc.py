@@ -56,7 +56,7 @@ class ROC:
 
     @cached_property
     def _places(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Of each attacked score the share of clean ones below it, and of each clean one that of attacked ones above; of ties a half."""
+        """Per attacked score the share of clean ones below, and per clean one that of attacked ones above; ties count half."""
         return _below(self.attacked, self.clean), 1 - _below(self.clean, self.attacked)
 
     @property
