@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,14 @@ from torch import Tensor, nn
 
 import mohs
 from mohs import Goal
-from mohs.attacks import PGD, OrthogonalPGD, WeightedPGD
+from mohs.attacks import PGD, LogitMatching, OrthogonalPGD, WeightedPGD
 from mohs.attacks._detection import two_goals
+from mohs.attacks.logit_matching import _other
 from mohs.attacks.orthogonal_pgd import without
 from mohs.attacks.weighted_pgd import WeightedState
 from mohs.errors import UsageError
+from mohs.evaluation._others import nearest_others
+from mohs.evaluation.plans import Plan, PlanStep
 from mohs.objectives import margin
 
 ALL = [OrthogonalPGD(steps=200), OrthogonalPGD(steps=200, orthogonal=False), WeightedPGD(steps=200, rounds=4)]
@@ -158,3 +163,72 @@ def test_the_weight_is_doubled_halved_and_then_bisected() -> None:
 def test_settings_are_checked(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="WeightedPGD's"):
         WeightedPGD(**wrong)
+
+
+# ---- matching of logits -----------------------------------------------------------------------------------------
+
+
+def test_the_logits_of_an_example_are_reached_where_they_can_be() -> None:
+    """A linear model with an inverse: the point with the example's logits is the example, brought into the region."""
+    net = nn.Linear(4, 4, bias=False).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.linalg.qr(logits(4, 4, seed=3)).Q)  # then nearest logits are nearest points
+    x, y = torch.full((3, 4), 0.5, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    start = 0.5 + torch.linspace(-0.2, 0.2, 12, dtype=torch.float64).view(3, 4).flip(1)
+    found = mohs.attack(
+        LogitMatching(steps=300, step_size=0.002), net, x, y, "linf:0.1", start=start, stop=mohs.Stop.BUDGET
+    )
+    reached = net(start).argmax(1) != 0
+    assert bool(reached.any())
+    assert torch.allclose(found.x[reached], start.clamp(0.4, 0.6)[reached], atol=0.005)
+
+
+def test_without_an_example_the_winners_change_places() -> None:
+    z = torch.tensor([[3.0, 1.0, 2.0, -5.0]])
+    assert _other(z, Goal.leave(torch.tensor([0]), reject=3)).tolist() == [[2.0, 1.0, 3.0, -5.0]]
+    assert _other(z, Goal.leave(torch.tensor([0]), torch.tensor([1]), reject=3)).tolist() == [[1.0, 3.0, 2.0, -5.0]]
+    assert _other(z, Goal.attain(torch.tensor([1]))).tolist() == [[1.0, 3.0, 2.0, -5.0]]
+    assert torch.equal(_other(z, Goal.leave(torch.tensor([1]))), z), "answers otherwise as it is"
+
+
+class Odds(nn.Module):
+    """Rejects what is surer of its answer than clean inputs are: climbing the margin is what it waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = relu_net((1, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = 20 * self.net(x)
+        top = z.topk(2, 1).values
+        return torch.cat([z, (top[:, :1] + 20 * ((top[:, :1] - top[:, 1:]) - 3.0))], 1)
+
+
+def test_a_detector_of_margins_sees_nothing_in_the_logits_of_an_example() -> None:
+    model, x = Odds().eval(), inputs(64, 1, 4, 4, seed=9)
+    with torch.no_grad():
+        answers = model(x).argmax(1)
+    right = (answers < 4).nonzero().squeeze(1)
+    assert len(right) > 20
+    x, y = x[right], answers[right]
+    start = torch.stack([x[y != label][0] for label in y])
+    found = mohs.attack(LogitMatching(steps=60), model, x, y, "linf:0.3", start=start, reject=4)
+    assert found.success.double().mean() > 0.9
+
+
+def test_a_plan_begins_at_the_nearest_example_of_another_class() -> None:
+    net, x = relu_net((1, 4, 4)), inputs(24, 1, 4, 4, seed=2)
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    run: Any = SimpleNamespace(
+        x=x, y=y, classes=4, threat=mohs.Threat.parse("linf:0.02"), settings=SimpleNamespace(reject=3)
+    )
+    record: Any = SimpleNamespace(examples=SimpleNamespace(clean_label=y.numpy()))
+    found = nearest_others(run, torch.arange(24), record)
+    for row in range(24):
+        able = [i for i in range(24) if y[i] != y[row] and y[i] != 3]
+        nearest = min(able, key=lambda i: float((x[i] - x[row]).abs().max()))
+        assert torch.equal(found[row], x[nearest])
+    plan = Plan("one", (PlanStep.make("LogitMatching", {"steps": 30}, start="other"),))
+    record = mohs.evaluate(net, (x, y), "linf:0.3", plan=plan, adaptive="off", control=0)
+    assert record.robust_accuracy < 0.1

@@ -127,6 +127,7 @@ class TestRefusal:
             assert {step.name for step in load_plan("standard").steps if step.rejects} == {
                 "OrthogonalPGD",
                 "WeightedPGD",
+                "LogitMatching",
             }
         with pytest.raises(UsageError, match="rejects must be true or false; got 'yes'"):
             PlanStep.make("PGD", {"steps": 5}, rejects="yes")

@@ -18,6 +18,7 @@ from mohs.attacks.jsma import JSMA
 from mohs.attacks.latent import Latent
 from mohs.attacks.lavan import LaVAN
 from mohs.attacks.lbfgs import LBFGS
+from mohs.attacks.logit_matching import LogitMatching
 from mohs.attacks.mifgsm import MIFGSM
 from mohs.attacks.nifgsm import NIFGSM
 from mohs.attacks.odi import ODI
@@ -47,6 +48,7 @@ REGISTRY: dict[str, type] = {
         ODI,
         OrthogonalPGD,
         WeightedPGD,
+        LogitMatching,
         DeepFool,
         FAB,
         DDN,

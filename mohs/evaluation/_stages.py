@@ -24,6 +24,7 @@ from mohs.evaluation._batches import padded
 from mohs.evaluation._bookmark import Bookmark
 from mohs.evaluation._curves import loss_curves, radius_curve
 from mohs.evaluation._order import WORTH, portions, survivors
+from mohs.evaluation._others import nearest_others
 from mohs.evaluation._quiet import untouched
 from mohs.evaluation._rejection import rejection
 from mohs.evaluation.checks import Probe
@@ -298,11 +299,16 @@ class Evaluation:
         self.bookmark.drop()
 
     def _start(self, step: PlanStep, todo: Tensor, alive: np.ndarray, later: bool) -> Tensor | None:
-        """Where the step begins: at what earlier ones found; an example they broke or never tried begins at its input.
+        """Where the step begins: at an example of another class, or at what earlier ones found; one that they broke or never tried
+        begins at its input.
 
         Under a limit of queries each step is an attacker of its own, who knows nothing of the others.
         """
-        if step.start != "best" or not later or self.threat.queries is not None:
+        if self.threat.queries is not None:
+            return None
+        if step.start == "other":
+            return nearest_others(self, todo, self.run.record())
+        if step.start != "best" or not later:
             return None
         points, position = (
             self.x[todo].clone(),

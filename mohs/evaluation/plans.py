@@ -31,8 +31,9 @@ KINDS = ("linf", "l2", "l1", "lp", "l0", "patch")
 """Families of regions."""
 ACCESSES = tuple(level.name.lower() for level in Access if level > Access.NONE)
 """What an adversary may see, from least to most."""
-STARTS = ("own", "best")
-"""Where an attack begins: as it does by itself, or at the strongest point an earlier attack of the plan found."""
+STARTS = ("own", "best", "other")
+"""Where an attack begins: as it does by itself, at the strongest point an earlier attack of the plan found, or, of an attack that
+comes from outside, at the nearest example that the model answers otherwise."""
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mohs.attacks import HopSkipJump
 from mohs.attacks.run import refused_norm
+from mohs.evaluation._others import nearest_others
 from mohs.evaluation.checks._obstacles import closed, uncertain, unless, unsighted
 from mohs.evaluation.checks._review import Review, excused
 from mohs.evaluation.checks._seen import Seen, ok, untested
@@ -40,7 +39,8 @@ def answers_only(review: Review) -> Seen:
     rows = review.near(count, review.record.correct & ~review.won(review.attacks))
     if not len(rows):
         return ok("there are no survivors")
-    found = review.tried(SEARCH, rows, guide=None, start=others(review, rows))
+    run = review.run
+    found = review.tried(SEARCH, rows, guide=None, start=nearest_others(run, rows, review.record))
     new, n = int(found.success.sum()), len(rows)
     saw = (
         f"{SEARCH.steps} queries of HopSkipJump, by the answers alone, break {new} of the {n} survivors nearest to breaking "
@@ -60,20 +60,3 @@ def suspicions(review: Review) -> list[str]:
     loud = ("warn", "block")
     before = [f.id for f in review.run.run.header.checks if f.id in BEFORE and f.severity in loud]
     return before + [id_ for id_ in AFTER if id_ in review.seen and review.seen[id_].severity in loud]
-
-
-def others(review: Review, rows: Tensor) -> Tensor:
-    """For each row the nearest example that the model answers otherwise, of the first 256; itself where there is none."""
-    run = review.run
-    answers = torch.from_numpy(review.record.examples.clean_label).to(run.y)[:256]
-    points = run.x[: len(answers)]
-    able = (answers >= 0) & (answers < run.classes)
-    chosen = []
-    for row in rows.tolist():
-        wrong = (able & (answers != run.y[row])).nonzero().squeeze(1)
-        if not len(wrong):
-            chosen.append(run.x[row])
-            continue
-        size = review.threat.region.measure(points[wrong], run.x[row : row + 1].expand_as(points[wrong]))
-        chosen.append(points[wrong[size.argmin()]])
-    return torch.stack(chosen)
