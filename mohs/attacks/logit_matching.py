@@ -43,7 +43,7 @@ class LogitMatching:
     Without ``start``, and where the model calls the example as it should call the input, the logits wanted are those that were
     seen with two of them exchanged: the label's and the highest other (the aim's, the target's).
 
-    Cost: at most steps + 1 forwards and steps backwards per restart; rows stop at their first success.
+    Cost: at most steps + 1 forwards and steps - 1 backwards per restart; rows stop at their first success.
 
     >>> import mohs, torch
     >>> net = torch.nn.Linear(2, 2, bias=False)

@@ -45,7 +45,7 @@ COSTS = {  # documented cost of a row that never succeeds: steps -> (forwards, b
     "Boundary": lambda steps, classes: (steps + 1, 0),
     "OrthogonalPGD": lambda steps, classes: (steps + 1, steps),  # of a model that does not reject
     "WeightedPGD": lambda steps, classes: (steps + 1, steps),
-    "LogitMatching": lambda steps, classes: (steps + 1, steps),
+    "LogitMatching": lambda steps, classes: (steps + 1, steps - 1),
     "PatchSearch": lambda steps, classes: (steps + 1, 0),
     "SigmaZero": lambda steps, classes: (steps + 1, steps),
     "JSMA": lambda steps, classes: (steps + 1, steps * min(2, classes - 1)),
