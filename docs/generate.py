@@ -36,7 +36,7 @@ def pages() -> dict[str, str]:
         "gradients": (guides, GRADIENTS),
         "training": (_methods(training, "loss"), TRAINING),
     }
-    made = {"cli.md": command_line()}
+    made = {"cli.md": command_line(), "checks.md": checks()}
     for folder, (classes, head) in groups.items():
         made[f"{folder}/index.md"] = index(head, classes)
         for cls in classes:
@@ -111,6 +111,34 @@ of weights that `mohs train` wrote; a hash of each is part of the recipe, so tha
 `mohs.evaluation.training.distil` trains a teacher and its student. With `averaging` in a recipe, such as `averaging = 0.999`, the
 exponential average of the weights is measured and saved.
 """
+
+
+CHECKS = """# Checks
+
+`mohs check` makes the first ones; an evaluation makes all of them and puts what it saw into its record and its report. Each says what
+was seen (with numbers), what that means and what to do. *warn*: an upheld claim stands on less than it seems. *block*: there is no
+verdict until it is mended. *info*: worth knowing. Where a check warns, the evaluation does by itself what the check asks for: other
+gradients before the plan, further attacks after it. The finding then tells what came of it.
+"""
+
+
+def checks() -> str:
+    """The page of the checks: each with its question, as its code asks it."""
+    from mohs.evaluation import checks as made
+
+    lists = {"Before any attack": made.CHECKS, "After the plan": made.AFTERWARDS}
+    text = [NOTICE.format(source="the docstrings of mohs/evaluation/checks/"), CHECKS]
+    for title, found in lists.items():
+        rows = ["| check | name | what it asks, and its price |", "|---|---|---|"]
+        for id_, (name, function) in found.items():
+            asked = _prose(" ".join((inspect.getdoc(function) or "").split())).replace("|", "\\|")
+            rows.append(f"| `{id_}` | {name} | {asked} |")
+        text.append(f"## {title}\n\n" + "\n".join(rows) + "\n")
+    text.append(
+        "Drawn at the end are the loss curves (`climbs`) and the accuracy against the radius (`radii`); with an exam (`--exam`) the plan "
+        "also has to find needles that are known to be there (`exam`).\n"
+    )
+    return "\n".join(text)
 
 
 def index(head: str, classes: list[type]) -> str:

@@ -76,7 +76,7 @@ def no_gradient(probe: Probe) -> Seen:
 
 
 def zero_gradient(probe: Probe) -> Seen:
-    """Is the gradient finite, and not zero? Shares the passes of ``no_gradient``; where it is zero, up to 10 of 4 rows more find
+    """Is the gradient finite, and not zero? Shares the passes of the check before; where it is zero, up to 10 of 4 rows more find
     the layers that lose it."""
     if probe.graph_error:
         return untested("there is no gradient")
