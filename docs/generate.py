@@ -135,8 +135,8 @@ def checks() -> str:
             rows.append(f"| `{id_}` | {name} | {asked} |")
         text.append(f"## {title}\n\n" + "\n".join(rows) + "\n")
     text.append(
-        "Drawn at the end are the loss curves (`climbs`) and the accuracy against the radius (`radii`); with an exam (`--exam`) the plan "
-        "also has to find needles that are known to be there (`exam`).\n"
+        "Drawn at the end are the loss curves (`climbs`) and the accuracy against the radius (`radii`); with an exam "
+        "(`mohs.evaluate(..., exam=50)`) the plan also has to find needles that are known to be there (`exam`).\n"
     )
     return "\n".join(text)
 
