@@ -4,8 +4,8 @@
     python recipes/deepfool_paper.py --data idx:FOLDER --full   # MNIST's files, all of them, as in the paper
 
 Tables 1 and 2 (error, mean relative size of the changes in L2 and Linf, time, passes), table 3 (error after fine-tuning), figures 1,
-6, 7, 8 and 9, on LeNet and on the fully connected net 500-150-10. The other nets of the paper need CIFAR-10 without loss and ImageNet, and
-are not rebuilt.
+6, 7, 8 and 9, on LeNet and on the fully connected net 500-150-10. The other nets of the paper need CIFAR-10 without loss, or
+ImageNet, and are not rebuilt.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def draw_curves(paper: Paper, curves: dict[tuple[str, str], list[tuple[float, fl
             for way in ways:
                 middle, half = zip(*curves[name, way], strict=True)
                 axis.errorbar(range(len(middle)), middle, half, label=way.split(": ")[-1], capsize=2)
-            axis.set(title=f"{name}, {title}", xlabel="further epochs", ylabel="mean |r| / |x|")
+            axis.set(title=f"{name}\n{title}", xlabel="further epochs", ylabel="mean |r| / |x|")
             axis.legend()
     print(*save(figure, paper.given.out, "deepfool-tuning"))
 
