@@ -25,7 +25,7 @@ from training_formulas import (
 from training_problem import CLASSES, FEATURES, mixed_net, never, run, same
 
 from mohs.attacks import FGSM, PGD
-from mohs.defenses.training import AWP, MART, NFGSM, TRADES, Context, Fast, Free, GradAlign, Natural, Saddle
+from mohs.defenses.training import AWP, MART, NFGSM, TRADES, VAT, Context, Fast, Free, GradAlign, Natural, Saddle
 from mohs.errors import UsageError
 
 # ---- TRADES -------------------------------------------------------------------------------------------------------
@@ -114,11 +114,11 @@ def test_trades_with_beta_zero_is_natural_training_bit_for_bit(tmp_path: Path) -
 def test_the_net_is_attacked_in_eval_mode_and_learns_in_training_mode() -> None:
     model = mixed_net().double()
     x, _, y = batch(8)
-    for objective in (TRADES(steps=2), Fast(), NFGSM()):
+    for objective in (TRADES(steps=2), VAT(), Fast(), NFGSM()):
         before = model[1].num_batches_tracked.item()
         torch.manual_seed(0)
         objective.loss(model, x, y, Context(never, 0.1, 0.0, room()))
-        looks = 2 if isinstance(objective, TRADES) else 1
+        looks = 2 if isinstance(objective, TRADES | VAT) else 1
         assert model[1].num_batches_tracked.item() - before == looks
         assert all(m.training for m in model.modules())
 
@@ -280,12 +280,12 @@ def test_bad_settings_are_refused_in_words(make: Callable[[], Any], said: str) -
 
 
 def test_objectives_that_make_points_need_a_threat_they_serve(tmp_path: Path) -> None:
-    for objective in (TRADES(), Fast(), NFGSM(), Free(), GradAlign(Natural()), AWP(TRADES())):
+    for objective in (TRADES(), VAT(), Fast(), NFGSM(), Free(), GradAlign(Natural()), AWP(TRADES())):
         with pytest.raises(UsageError, match="finite radius"):
             run(tmp_path, objective)
         with pytest.raises(UsageError, match="needs a threat"):
             Context(never, 0.1, 0.0).around(objective)
-    for objective in (Fast(), NFGSM(), Free(), GradAlign(Natural()), AWP(Fast())):
+    for objective in (Fast(), NFGSM(), VAT(), Free(), GradAlign(Natural()), AWP(Fast())):
         with pytest.raises(UsageError, match=r"does not serve the threat l0:2\. It serves: linf"):
             run(tmp_path, objective, threat="l0:2")
 

@@ -28,10 +28,11 @@ from mohs.defenses.training.schedules import SGD, Adam, Constant, Cosine, Steps
 from mohs.defenses.training.trades import TRADES
 from mohs.defenses.training.turn import Turn
 from mohs.defenses.training.unified_embedding import UnifiedEmbedding
+from mohs.defenses.training.vat import VAT
 from mohs.defenses.training.watch import EarlyWarning, Watch
 
 __all__ = [
     "AWP", "Adam", "Cascade", "Constant", "Context", "Cosine", "Distillation", "EarlyWarning", "Ensemble", "Fast", "FineTune",
     "Free", "GradAlign", "MART", "Mixture", "NFGSM", "Natural", "Objective", "Perturb", "Points", "Pretrained", "Progress",
-    "Recipe", "Room", "SGD", "Saddle", "Steps", "TRADES", "Trained", "Turn", "UnifiedEmbedding", "Watch", "train",
+    "Recipe", "Room", "SGD", "Saddle", "Steps", "TRADES", "Trained", "Turn", "UnifiedEmbedding", "VAT", "Watch", "train",
 ]  # fmt: skip

@@ -26,12 +26,13 @@ from mohs.defenses.training.saddle import Saddle
 from mohs.defenses.training.schedules import SGD, Adam, Constant, Cosine, Steps
 from mohs.defenses.training.trades import TRADES
 from mohs.defenses.training.unified_embedding import UnifiedEmbedding
+from mohs.defenses.training.vat import VAT
 from mohs.errors import MohsError, UsageError
 
 OBJECTIVES: dict[str, type] = {
     "natural": Natural, "mixture": Mixture, "saddle": Saddle, "trades": TRADES, "mart": MART, "fast": Fast, "nfgsm": NFGSM,
     "free": Free, "gradalign": GradAlign, "awp": AWP, "distillation": Distillation, "finetune": FineTune, "ensemble": Ensemble,
-    "cascade": Cascade, "unified_embedding": UnifiedEmbedding,
+    "cascade": Cascade, "unified_embedding": UnifiedEmbedding, "vat": VAT,
 }  # fmt: skip
 OPTIMISERS: dict[str, type] = {"sgd": SGD, "adam": Adam}
 SCHEDULES: dict[str, type] = {"constant": Constant, "steps": Steps, "cosine": Cosine}
