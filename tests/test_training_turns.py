@@ -15,7 +15,20 @@ from torch import Tensor, nn
 from training_problem import CLASSES, FEATURES, blobs, mixed_net, never, perturb, recipe, run, same
 
 from mohs.attacks import FGSM, PGD, REGISTRY
-from mohs.defenses.training import AWP, SGD, TRADES, VAT, Fast, Free, GradAlign, Natural, Progress, Saddle, Watch
+from mohs.defenses.training import (
+    AWP,
+    SGD,
+    TRADES,
+    VAT,
+    DeepContractive,
+    Fast,
+    Free,
+    GradAlign,
+    Natural,
+    Progress,
+    Saddle,
+    Watch,
+)
 from mohs.defenses.training._quiet import number
 from mohs.defenses.training.average import Average
 from mohs.defenses.training.files import recipe_from_table
@@ -306,7 +319,9 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("at", [3, 8])
-@pytest.mark.parametrize("objective", [Free(2), AWP(TRADES(steps=1), 0.1), VAT(iterations=2)], ids=repr)
+@pytest.mark.parametrize(
+    "objective", [Free(2), AWP(TRADES(steps=1), 0.1), VAT(iterations=2), DeepContractive(0.1)], ids=repr
+)
 def test_a_resumed_training_ends_in_the_same_bytes(tmp_path: Path, objective: Any, at: int) -> None:
     from mohs.defenses.training import train
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mohs.defenses.training.awp import AWP
 from mohs.defenses.training.cascade import Cascade
+from mohs.defenses.training.deep_contractive import DeepContractive
 from mohs.defenses.training.distillation import Distillation
 from mohs.defenses.training.ensemble import Ensemble
 from mohs.defenses.training.fast import Fast
@@ -32,7 +33,8 @@ from mohs.defenses.training.vat import VAT
 from mohs.defenses.training.watch import EarlyWarning, Watch
 
 __all__ = [
-    "AWP", "Adam", "Cascade", "Constant", "Context", "Cosine", "Distillation", "EarlyWarning", "Ensemble", "Fast", "FineTune",
-    "Free", "GradAlign", "MART", "Mixture", "NFGSM", "Natural", "Objective", "Perturb", "Points", "Pretrained", "Progress",
-    "Recipe", "Room", "SGD", "Saddle", "Steps", "TRADES", "Trained", "Turn", "UnifiedEmbedding", "VAT", "Watch", "train",
+    "AWP", "Adam", "Cascade", "Constant", "Context", "Cosine", "DeepContractive", "Distillation", "EarlyWarning", "Ensemble",
+    "Fast", "FineTune", "Free", "GradAlign", "MART", "Mixture", "NFGSM", "Natural", "Objective", "Perturb", "Points",
+    "Pretrained", "Progress", "Recipe", "Room", "SGD", "Saddle", "Steps", "TRADES", "Trained", "Turn", "UnifiedEmbedding",
+    "VAT", "Watch", "train",
 ]  # fmt: skip

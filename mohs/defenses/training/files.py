@@ -11,6 +11,7 @@ from typing import Any
 
 from mohs.defenses.training.awp import AWP
 from mohs.defenses.training.cascade import Cascade
+from mohs.defenses.training.deep_contractive import DeepContractive
 from mohs.defenses.training.distillation import Distillation
 from mohs.defenses.training.ensemble import Ensemble
 from mohs.defenses.training.fast import Fast
@@ -32,7 +33,7 @@ from mohs.errors import MohsError, UsageError
 OBJECTIVES: dict[str, type] = {
     "natural": Natural, "mixture": Mixture, "saddle": Saddle, "trades": TRADES, "mart": MART, "fast": Fast, "nfgsm": NFGSM,
     "free": Free, "gradalign": GradAlign, "awp": AWP, "distillation": Distillation, "finetune": FineTune, "ensemble": Ensemble,
-    "cascade": Cascade, "unified_embedding": UnifiedEmbedding, "vat": VAT,
+    "cascade": Cascade, "unified_embedding": UnifiedEmbedding, "vat": VAT, "deep_contractive": DeepContractive,
 }  # fmt: skip
 OPTIMISERS: dict[str, type] = {"sgd": SGD, "adam": Adam}
 SCHEDULES: dict[str, type] = {"constant": Constant, "steps": Steps, "cosine": Cosine}

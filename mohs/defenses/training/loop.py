@@ -273,10 +273,11 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = self._rate(done)
         mine, eps = self.world.share(index), self._eps(done)
-        room = None if self.threat is None else Room(self.threat, eps, number(recipe.seed, "room", at.epoch, at.step))
+        seed = number(recipe.seed, "room", at.epoch, at.step)
+        room = None if self.threat is None else Room(self.threat, eps, seed)
         turn = Turn(
             self.model, self.parameters, self.x[mine].to(device), self.y[mine].to(device), len(index),
-            Context(self._perturb_with(done), eps, done, room), self.memory, self.optimiser, self.world,
+            Context(self._perturb_with(done), eps, done, room, seed=seed), self.memory, self.optimiser, self.world,
             (recipe.seed, "step", at.epoch, at.step, self.world.rank), self._diverged,
         )  # fmt: skip
         return take(recipe.objective, turn)

@@ -73,6 +73,7 @@ class Context:
         room: region, box and random streams, for an objective that makes points by itself; None without a threat.
         once: ``(make) -> make()``: what makes points out of the present weights goes through here, so that a wrapper
             that looks at a batch twice, at different weights, can have the same points again.
+        seed: of the step, the room's too, for an objective that draws something without one.
     """
 
     perturb: Points
@@ -80,6 +81,7 @@ class Context:
     done: float
     room: Room | None = None
     once: Callable[[Callable[[], Tensor]], Tensor] = _now
+    seed: int = 0
 
     def around(self, objective: object) -> Room:
         """The room, for an objective that cannot do without.

@@ -72,7 +72,12 @@ class Room:
         return self.threat.region.move(points, g, length, x, self.threat.box).clamp_(*self.threat.box)
 
     def _keys(self, x: Tensor, draw: int = 0) -> Tensor:
-        return streams.derive(streams.content_keys(x), self.seed, draw)
+        return keys(x, self.seed, draw)
+
+
+def keys(x: Tensor, seed: int, draw: int = 0) -> Tensor:
+    """A random stream for each row [B], known by its content."""
+    return streams.derive(streams.content_keys(x), seed, draw)
 
 
 def slope(value: Callable[[Tensor], Tensor], x: Tensor, *, graph: bool = False) -> Tensor:
