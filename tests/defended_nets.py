@@ -29,6 +29,7 @@ OTHERS: dict[str, Defense] = {
     "digital-watermarking": defenses.DigitalWatermarking(),
     "pixel-defend": defenses.PixelDefend(),
     "defense-gan": defenses.DefenseGAN(steps=5, starts=2),
+    "bounded-relu": defenses.BoundedReLU(2.0),
     "defensive-perturbation": defenses.DefensivePerturbation(torch.full((1, 28, 28), 0.05)),
 }
 CONTROLS: dict[str, Defense] = {

@@ -14,6 +14,7 @@ from mohs.defenses._parse import parse_with
 from mohs.defenses.activation_pruning import ActivationPruning
 from mohs.defenses.binary_detector import BinaryDetector
 from mohs.defenses.bit_depth import BitDepth
+from mohs.defenses.bounded_relu import BoundedReLU
 from mohs.defenses.crop_ensemble import CropEnsemble
 from mohs.defenses.defense_gan import DefenseGAN
 from mohs.defenses.defensive_perturbation import DefensivePerturbation
@@ -65,6 +66,7 @@ REGISTRY: dict[str, type[Defense]] = {
     "defense-gan": DefenseGAN,
     "thermometer": Thermometer,
     "activation-pruning": ActivationPruning,
+    "bounded-relu": BoundedReLU,
     "defensive-perturbation": DefensivePerturbation,
     "local-gradients-smoothing": LocalGradientsSmoothing,
     "digital-watermarking": DigitalWatermarking,
@@ -120,6 +122,7 @@ __all__ = [
     "ActivationPruning",
     "BinaryDetector",
     "BitDepth",
+    "BoundedReLU",
     "CropEnsemble",
     "Declaration",
     "Defended",

@@ -35,13 +35,21 @@ class Defense:
 
     def __call__(self, *models: nn.Module) -> nn.Module:
         """The defended classifier, in the mode of the model; only ensembles take more than one."""
+        return Defended(self, self.one(*models))
+
+    def one(self, *models: nn.Module) -> nn.Module:
+        """The only model.
+
+        Raises:
+            UsageError: none, or several.
+        """
         if len(models) != 1:
             raise UsageError(
                 f"{type(self).__name__} defends one model; got {len(models)}. Call it with one, such as "
                 f"{type(self).__name__}(...)(model); several models go into MeanLogits, MeanProbabilities, MajorityVote "
                 "or RejectDisagreement."
             )
-        return Defended(self, models[0])
+        return models[0]
 
     def transform(self, x: Tensor) -> Tensor:
         """What the classifier gets to see of inputs [B, ...]."""
@@ -74,16 +82,28 @@ class Switch(nn.Module):
 class Defended(Switch):
     """A classifier behind a defense. It can be defended again, or stand inside any other module.
 
+    Args:
+        defense: what stands around the model.
+        model: what it asks: the classifier, or a changed copy of it.
+        instead_of: the classifier as it was, where ``model`` is a changed copy. It is no part of the defended one: its weights
+            count neither for its hash nor for its files.
+
     >>> from mohs.defenses import BitDepth
     >>> net = Defended(BitDepth(3), nn.Linear(4, 2)).eval()
     >>> declared(net).random
     False
     """
 
-    def __init__(self, defense: Defense, model: nn.Module) -> None:
+    def __init__(self, defense: Defense, model: nn.Module, instead_of: nn.Module | None = None) -> None:
         super().__init__()
         self.defense, self.model = defense, model
+        self._before = () if instead_of is None else (instead_of,)  # in a tuple, so that it is no submodule
         self.training = model.training  # not train(), which would change the mode of what is inside
+
+    @property
+    def undefended(self) -> nn.Module:
+        """The classifier without this defense."""
+        return self._before[0] if self._before else self.model
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, K]."""
@@ -92,6 +112,18 @@ class Defended(Switch):
     def extra_repr(self) -> str:
         """What a record names."""
         return repr(self.defense)
+
+    def train(self, mode: bool = True) -> Defended:
+        """Set the mode, that of the classifier as it was included."""
+        for before in self._before:
+            before.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # to another device or precision the classifier as it was goes along, or the two could not be compared there
+        for before in self._before:
+            before._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
 
 class Honest(Guide):

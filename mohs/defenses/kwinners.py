@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mohs.defenses._base import Defended, Defense, Switch
+from mohs.defenses._changed import without_relus
 from mohs.defenses._settings import number
-from mohs.errors import ModelError
 from mohs.guide import instead
 
 
@@ -51,28 +50,16 @@ class KWinners(Defense):
 
     def __call__(self, *models: nn.Module) -> nn.Module:
         """A copy of the model with its ReLU layers replaced."""
-        defended = super().__call__(*models)
-        assert isinstance(defended, Defended)
-        model = copy.deepcopy(defended.model)
-        if isinstance(model, nn.ReLU):
-            return Defended(self, _Winners(self.ratio, model.training))
-        found = [(m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, nn.ReLU)]
-        if not found:
-            raise ModelError(
-                "KWinners replaces nn.ReLU layers, and this model has none. Write its activations as nn.ReLU modules instead "
-                "of calls of relu()."
-            )
-        for parent, name in found:
-            setattr(parent, name, _Winners(self.ratio, parent.training))
-        return Defended(self, model)
+        model = self.one(*models)
+        return Defended(self, without_relus(model, lambda: _Winners(self.ratio), "KWinners"), instead_of=model)
 
 
 class _Winners(Switch):
     """The k largest of each row; going back, where it guides, the 2 k largest."""
 
-    def __init__(self, ratio: float, training: bool) -> None:
+    def __init__(self, ratio: float) -> None:
         super().__init__()
-        self.ratio, self.training = ratio, training
+        self.ratio = ratio
 
     def forward(self, a: Tensor) -> Tensor:
         value = _largest(a, self.ratio)

@@ -1,4 +1,5 @@
-"""What a model is without its defense: the net that a declared one stands around, or the model with suspicious layers left out."""
+"""What a model is without its defense: the net that a declared one stands around or was made from, or the model with suspicious layers
+left out."""
 
 from __future__ import annotations
 
@@ -58,9 +59,9 @@ def undefended(model: nn.Module, x: Tensor, y: Tensor, believe: bool) -> tuple[n
     """The model without its defense, and in words what was left out; None where nothing can be told apart, or where what is left
     no longer classifies. A pass over the sample x [n, ...], y [n] for each of both."""
     inner, names = model, []
-    while believe and isinstance(inner, Defended) and isinstance(inner.model, nn.Module):
+    while believe and isinstance(inner, Defended):
         names.append(repr(inner.defense))
-        inner = inner.model
+        inner = inner.undefended
     if not names:
         try:
             layers = list(dict.fromkeys([*_layers.losing(model, x), *_layers.bare(model, x)]))

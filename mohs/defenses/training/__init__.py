@@ -14,6 +14,7 @@ from mohs.defenses.training.ensemble import Ensemble
 from mohs.defenses.training.fast import Fast
 from mohs.defenses.training.finetune import FineTune
 from mohs.defenses.training.free import Free
+from mohs.defenses.training.gaussian_augmentation import GaussianAugmentation
 from mohs.defenses.training.gradalign import GradAlign
 from mohs.defenses.training.loop import Progress, Trained, train
 from mohs.defenses.training.mart import MART
@@ -33,8 +34,8 @@ from mohs.defenses.training.vat import VAT
 from mohs.defenses.training.watch import EarlyWarning, Watch
 
 __all__ = [
-    "AWP", "Adam", "Cascade", "Constant", "Context", "Cosine", "DeepContractive", "Distillation", "EarlyWarning", "Ensemble",
-    "Fast", "FineTune", "Free", "GradAlign", "MART", "Mixture", "NFGSM", "Natural", "Objective", "Perturb", "Points",
-    "Pretrained", "Progress", "Recipe", "Room", "SGD", "Saddle", "Steps", "TRADES", "Trained", "Turn", "UnifiedEmbedding",
-    "VAT", "Watch", "train",
+    "AWP", "Adam", "Cascade", "Constant", "Context", "Cosine", "DeepContractive", "Distillation", "EarlyWarning",
+    "Ensemble", "Fast", "FineTune", "Free", "GaussianAugmentation", "GradAlign", "MART", "Mixture", "NFGSM", "Natural",
+    "Objective", "Perturb", "Points", "Pretrained", "Progress", "Recipe", "Room", "SGD", "Saddle", "Steps", "TRADES",
+    "Trained", "Turn", "UnifiedEmbedding", "VAT", "Watch", "train",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from mohs.defenses.training.ensemble import Ensemble
 from mohs.defenses.training.fast import Fast
 from mohs.defenses.training.finetune import FineTune
 from mohs.defenses.training.free import Free
+from mohs.defenses.training.gaussian_augmentation import GaussianAugmentation
 from mohs.defenses.training.gradalign import GradAlign
 from mohs.defenses.training.mart import MART
 from mohs.defenses.training.mixture import Mixture
@@ -34,6 +35,7 @@ OBJECTIVES: dict[str, type] = {
     "natural": Natural, "mixture": Mixture, "saddle": Saddle, "trades": TRADES, "mart": MART, "fast": Fast, "nfgsm": NFGSM,
     "free": Free, "gradalign": GradAlign, "awp": AWP, "distillation": Distillation, "finetune": FineTune, "ensemble": Ensemble,
     "cascade": Cascade, "unified_embedding": UnifiedEmbedding, "vat": VAT, "deep_contractive": DeepContractive,
+    "gaussian_augmentation": GaussianAugmentation,
 }  # fmt: skip
 OPTIMISERS: dict[str, type] = {"sgd": SGD, "adam": Adam}
 SCHEDULES: dict[str, type] = {"constant": Constant, "steps": Steps, "cosine": Cosine}
