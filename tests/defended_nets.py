@@ -30,6 +30,8 @@ OTHERS: dict[str, Defense] = {
     "pixel-defend": defenses.PixelDefend(),
     "defense-gan": defenses.DefenseGAN(steps=5, starts=2),
     "bounded-relu": defenses.BoundedReLU(2.0),
+    "weight-pruning": defenses.WeightPruning(0.8),
+    "quantisation": defenses.Quantisation(4),
     "defensive-perturbation": defenses.DefensivePerturbation(torch.full((1, 28, 28), 0.05)),
 }
 CONTROLS: dict[str, Defense] = {

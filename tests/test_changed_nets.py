@@ -15,7 +15,12 @@ from mohs.errors import ModelError, UsageError
 from mohs.evaluation._inner import undefended
 from mohs.models import weights_hash
 
-CHANGES: list[Defense] = [BoundedReLU(1.0), defenses.KWinners(0.5)]
+CHANGES: list[Defense] = [
+    BoundedReLU(1.0),
+    defenses.KWinners(0.5),
+    defenses.WeightPruning(0.5),
+    defenses.Quantisation(4),
+]
 
 
 def of(model: nn.Module) -> Defended:

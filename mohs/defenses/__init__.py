@@ -43,12 +43,14 @@ from mohs.defenses.noise_input import NoiseInput
 from mohs.defenses.non_local_means import NonLocalMeans
 from mohs.defenses.pca_whitening import PCAWhitening
 from mohs.defenses.pixel_defend import PixelDefend
+from mohs.defenses.quantisation import Quantisation
 from mohs.defenses.quilting import Quilting
 from mohs.defenses.random_resize_pad import RandomResizePad
 from mohs.defenses.reject_disagreement import RejectDisagreement
 from mohs.defenses.thermometer import Thermometer
 from mohs.defenses.total_variation import TotalVariation
 from mohs.defenses.trapdoor import Trapdoor
+from mohs.defenses.weight_pruning import WeightPruning
 
 REGISTRY: dict[str, type[Defense]] = {
     "bit-depth": BitDepth,
@@ -67,6 +69,8 @@ REGISTRY: dict[str, type[Defense]] = {
     "thermometer": Thermometer,
     "activation-pruning": ActivationPruning,
     "bounded-relu": BoundedReLU,
+    "weight-pruning": WeightPruning,
+    "quantisation": Quantisation,
     "defensive-perturbation": DefensivePerturbation,
     "local-gradients-smoothing": LocalGradientsSmoothing,
     "digital-watermarking": DigitalWatermarking,
@@ -156,6 +160,7 @@ __all__ = [
     "NonLocalMeans",
     "PCAWhitening",
     "PixelDefend",
+    "Quantisation",
     "Quilting",
     "RandomResizePad",
     "RejectDisagreement",
@@ -163,6 +168,7 @@ __all__ = [
     "Thermometer",
     "TotalVariation",
     "Trapdoor",
+    "WeightPruning",
     "declared",
     "parse",
 ]

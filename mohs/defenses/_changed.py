@@ -9,8 +9,8 @@ from torch import nn
 
 from mohs.errors import ModelError
 
-WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
-"""Layers with a weight matrix or filters: what is pruned and quantised."""
+LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
+"""Layers with a weight matrix or filters."""
 
 
 def without_relus(model: nn.Module, make: Callable[[], nn.Module], what: str) -> nn.Module:
@@ -31,13 +31,13 @@ def without_relus(model: nn.Module, make: Callable[[], nn.Module], what: str) ->
     return changed[0]
 
 
-def weighted(model: nn.Module, what: str) -> list[nn.Module]:
+def linear_layers(model: nn.Module, what: str) -> list[nn.Module]:
     """The layers with a weight matrix or filters.
 
     Raises:
         ModelError: there is none.
     """
-    found: list[nn.Module] = [m for m in model.modules() if isinstance(m, WEIGHTED)]
+    found: list[nn.Module] = [m for m in model.modules() if isinstance(m, LINEAR)]
     if not found:
         raise ModelError(
             f"{what} changes the weights of nn.Linear and convolution layers, and this model shows none. Give a torch module made "

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mohs.defenses._base import Defense
+from mohs.defenses._changed import LINEAR
 from mohs.defenses._settings import number
 from mohs.guide import instead
-
-LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class ActivationPruning(Defense):
                 first.append(layer)
             return None if layer is first[0] else (self._pruned(inputs[0], guiding), *inputs[1:])
 
-        handles = [m.register_forward_pre_hook(prune) for m in model.modules() if isinstance(m, LAYERS)]
+        handles = [m.register_forward_pre_hook(prune) for m in model.modules() if isinstance(m, LINEAR)]
         try:
             return model(x)
         finally:
