@@ -122,7 +122,7 @@ class _Rounding(Switch):
     def __init__(self, layer: nn.Module, low: Tensor, high: Tensor, bits: int) -> None:
         super().__init__()
         self.rounding, self.layer = _Levels(low, high, bits), layer
-        self.training = layer.training
+        self.training = self.rounding.training = layer.training
 
     def forward(self, a: Tensor) -> Tensor:
         value = self.rounding(a)
