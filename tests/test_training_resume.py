@@ -97,7 +97,8 @@ import torch
 torch.set_num_threads(1)
 from mohs.attacks import FGSM, PGD
 from mohs.defenses.training import (
-    AWP, SGD, TRADES, Cascade, Ensemble, FineTune, Free, GradAlign, Mixture, Saddle, UnifiedEmbedding, train,
+    AWP, SGD, TRADES, VAT, Cascade, DeepContractive, Ensemble, FineTune, Free, GaussianAugmentation, GradAlign, Mixture, Saddle,
+    UnifiedEmbedding, train,
 )
 from training_problem import blobs, perturb, recipe
 
@@ -117,6 +118,7 @@ train(plan, perturb=perturb, out=sys.argv[1], data=blobs(), device="cpu")
     [
         "Saddle(PGD(steps=2))", "Free(2)", "AWP(TRADES(steps=2), 0.1)", "GradAlign(Saddle(PGD(steps=1)))",
         "FineTune(PGD(steps=2), 2.0)", "Cascade(Ensemble(UnifiedEmbedding(FGSM()), other), PGD(steps=2), other)",
+        "VAT(iterations=2)", "DeepContractive(0.1)", "GaussianAugmentation(0.1, copies=2)",
     ],
 )  # fmt: skip
 def test_two_processes_train_as_one(tmp_path: Path, objective: str) -> None:

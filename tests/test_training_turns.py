@@ -23,6 +23,7 @@ from mohs.defenses.training import (
     DeepContractive,
     Fast,
     Free,
+    GaussianAugmentation,
     GradAlign,
     Natural,
     Progress,
@@ -320,7 +321,9 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("at", [3, 8])
 @pytest.mark.parametrize(
-    "objective", [Free(2), AWP(TRADES(steps=1), 0.1), VAT(iterations=2), DeepContractive(0.1)], ids=repr
+    "objective",
+    [Free(2), AWP(TRADES(steps=1), 0.1), VAT(iterations=2), DeepContractive(0.1), GaussianAugmentation(0.1)],
+    ids=repr,
 )
 def test_a_resumed_training_ends_in_the_same_bytes(tmp_path: Path, objective: Any, at: int) -> None:
     from mohs.defenses.training import train

@@ -34,9 +34,10 @@ class WeightPruning(Defense):
     Cost: none; a copy of the model, which later training of the original does not reach. The zeros are stored and multiplied as any
     number.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2, bias=False)).eval()
-    >>> _ = net[0].weight.data.copy_(Tensor([[3.0, -0.1], [0.5, -2.0]]))
-    >>> WeightPruning(0.5)(net)(Tensor([[1.0, 1.0]])).tolist()
+    >>> _ = net[0].weight.data.copy_(torch.tensor([[3.0, -0.1], [0.5, -2.0]]))
+    >>> WeightPruning(0.5)(net)(torch.ones(1, 2)).tolist()
     [[3.0, -2.0]]
 
     **Differs from the paper**: the net is not trained on afterwards, so large shares cost accuracy; one threshold for all layers.
