@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool1d
 
 from mohs.defenses._base import Defense
 from mohs.defenses._settings import images, number
@@ -96,22 +97,18 @@ class Quilting(Defense):
         norms = bank.flatten(1).square().sum(1)
         rows, columns = _places(x.shape[2], size, self.overlap), _places(x.shape[3], size, self.overlap)
         for above, top in zip([None, *rows[:-1]], rows, strict=True):
-            for before, left in zip([None, *columns[:-1]], columns, strict=True):
+            wanted = torch.stack([x[..., top : top + size, left : left + size].flatten(1) for left in columns])
+            distance = norms - 2 * wanted @ bank.flatten(1).T
+            nearest = distance.topk(self.neighbours, dim=2, largest=False).indices
+            drawn = torch.randint(self.neighbours, (*nearest.shape[:2], 1), device=x.device)
+            chosen = bank[nearest.gather(2, drawn).squeeze(2)]
+            for before, left, new in zip([None, *columns[:-1]], columns, chosen, strict=True):
                 here = (..., slice(top, top + size), slice(left, left + size))
-                wanted = x[here].flatten(1)
-                distance = norms - 2 * wanted @ bank.flatten(1).T
-                nearest = distance.topk(self.neighbours, dim=1, largest=False).indices
-                chosen = torch.randint(self.neighbours, (len(x), 1), device=x.device)
-                new, old = bank[nearest.gather(1, chosen).squeeze(1)], out[here]
+                old = out[here]
                 difference = (new - old).square().sum(1)
-                take = torch.ones_like(difference, dtype=torch.bool)
-                if before is not None:
-                    shared = before + size - left
-                    take[:, :, :shared] &= _beyond(difference[:, :, :shared])
-                if above is not None:
-                    shared = above + size - top
-                    take[:, :shared] &= _beyond(difference[:, :shared].transpose(1, 2)).transpose(1, 2)
-                out[here] = torch.where(take.unsqueeze(1), new, old)
+                across = 0 if before is None else before + size - left
+                down = 0 if above is None else above + size - top
+                out[here] = torch.where(_taken(difference, across, down).unsqueeze(1), new, old)
         return out
 
 
@@ -120,18 +117,30 @@ def _places(side: int, size: int, overlap: int) -> list[int]:
     return [*range(0, side - size, size - overlap), side - size]
 
 
+def _taken(difference: Tensor, across: int, down: int) -> Tensor:
+    """Where a patch [B, size, size] lies over what is there, which it shares with its left neighbour in the first ``across`` columns
+    and with its upper one in the first ``down`` rows."""
+    take = torch.ones_like(difference, dtype=torch.bool)
+    columns, rows = difference[:, :, :across], difference[:, :down].transpose(1, 2)
+    if across and across == down:  # both cuts in one go
+        left, above = _beyond(torch.cat([columns, rows])).chunk(2)
+    else:
+        left, above = (_beyond(strip) if strip.shape[2] else strip > 0 for strip in (columns, rows))
+    take[:, :, :across] = left
+    take[:, :down] &= above.transpose(1, 2)
+    return take
+
+
 def _beyond(difference: Tensor) -> Tensor:
     """Which pixels [B, L, W] lie on or right of the path of least total ``difference`` that runs down the strip."""
-    total = [difference[:, 0]]
-    wall = torch.full_like(total[0][:, :1], torch.inf)
-    for line in difference.unbind(1)[1:]:
-        ways = torch.stack([torch.cat([wall, total[-1][:, :-1]], 1), total[-1], torch.cat([total[-1][:, 1:], wall], 1)])
-        total.append(line + ways.amin(0))
-    width = difference.shape[2]
-    place = torch.arange(width, device=difference.device)
-    at = total[-1].argmin(1, keepdim=True)
+    gains = (-difference).unbind(1)
+    total = [gains[0]]
+    for line in gains[1:]:
+        total.append(line + max_pool1d(total[-1], 3, 1, 1))  # the best of the three above
+    place = torch.arange(difference.shape[2], device=difference.device)
+    at = total[-1].argmax(1, keepdim=True)
     cut = [at]
     for line in total[-2::-1]:
-        at = line.masked_fill((place - at).abs() > 1, torch.inf).argmin(1, keepdim=True)
+        at = line.masked_fill((place - at).abs() > 1, -torch.inf).argmax(1, keepdim=True)
         cut.append(at)
     return place >= torch.stack(cut[::-1], 1)
