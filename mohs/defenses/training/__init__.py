@@ -22,6 +22,7 @@ from mohs.defenses.training.mixture import Mixture
 from mohs.defenses.training.natural import Natural
 from mohs.defenses.training.nfgsm import NFGSM
 from mohs.defenses.training.objective import Context, Objective, Perturb, Points
+from mohs.defenses.training.on_embeddings import OnEmbeddings
 from mohs.defenses.training.pretrained import Pretrained
 from mohs.defenses.training.recipe import Recipe
 from mohs.defenses.training.room import Room
@@ -36,6 +37,6 @@ from mohs.defenses.training.watch import EarlyWarning, Watch
 __all__ = [
     "AWP", "Adam", "Cascade", "Constant", "Context", "Cosine", "DeepContractive", "Distillation", "EarlyWarning",
     "Ensemble", "Fast", "FineTune", "Free", "GaussianAugmentation", "GradAlign", "MART", "Mixture", "NFGSM", "Natural",
-    "Objective", "Perturb", "Points", "Pretrained", "Progress", "Recipe", "Room", "SGD", "Saddle", "Steps", "TRADES",
+    "Objective", "OnEmbeddings", "Perturb", "Points", "Pretrained", "Progress", "Recipe", "Room", "SGD", "Saddle", "Steps", "TRADES",
     "Trained", "Turn", "UnifiedEmbedding", "VAT", "Watch", "train",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ from mohs.defenses.training.mart import MART
 from mohs.defenses.training.mixture import Mixture
 from mohs.defenses.training.natural import Natural
 from mohs.defenses.training.nfgsm import NFGSM
+from mohs.defenses.training.on_embeddings import OnEmbeddings
 from mohs.defenses.training.recipe import Recipe
 from mohs.defenses.training.saddle import Saddle
 from mohs.defenses.training.schedules import SGD, Adam, Constant, Cosine, Steps
@@ -35,7 +36,7 @@ OBJECTIVES: dict[str, type] = {
     "natural": Natural, "mixture": Mixture, "saddle": Saddle, "trades": TRADES, "mart": MART, "fast": Fast, "nfgsm": NFGSM,
     "free": Free, "gradalign": GradAlign, "awp": AWP, "distillation": Distillation, "finetune": FineTune, "ensemble": Ensemble,
     "cascade": Cascade, "unified_embedding": UnifiedEmbedding, "vat": VAT, "deep_contractive": DeepContractive,
-    "gaussian_augmentation": GaussianAugmentation,
+    "gaussian_augmentation": GaussianAugmentation, "on_embeddings": OnEmbeddings,
 }  # fmt: skip
 OPTIMISERS: dict[str, type] = {"sgd": SGD, "adam": Adam}
 SCHEDULES: dict[str, type] = {"constant": Constant, "steps": Steps, "cosine": Cosine}

@@ -39,6 +39,8 @@ class VAT:
         iterations: of the power method. The paper's is 1.
         xi: Euclidean length of the difference that stands for a derivative, input units. The published code's is 1e-6, at which the
             slope in single precision is mostly rounding; the default is right in single and in double precision.
+        unlabelled: the label of rows that have none, such as the number of classes: they count in the divergence alone, and the
+            cross-entropy is the mean over the others; None: every row has a label.
 
     Cost: 2 forwards and 2 backwards, and 1 + iterations forwards and iterations backwards for the point, per example and epoch.
 
@@ -55,7 +57,7 @@ class VAT:
     >>> [round(loss.item(), 4) for loss in losses]  # log 2; and -log(4 p q) / 2 more
     [0.6931, 0.7056]
 
-    **Differs from the paper**: every row has a label; other norms; x + r is brought into the box; the default xi. The net is in eval
+    **Differs from the paper**: rows with and without a label come in one batch; other norms; x + r is brought into the box; the default xi. The net is in eval
     mode while r is found; both answers of the loss are those of training mode and both count in batch statistics, where the
     published code leaves the second out.
     **Source**: T. Miyato, S. Maeda, M. Koyama, S. Ishii, "Virtual adversarial training: a regularization method for supervised and
@@ -66,6 +68,7 @@ class VAT:
     alpha: float = 1.0
     iterations: int = 1
     xi: float = 1e-2
+    unlabelled: int | None = None
     attack: ClassVar[None] = None
     own_points: ClassVar[bool] = True
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "lp")
@@ -74,16 +77,25 @@ class VAT:
         number(self.alpha, "alpha of VAT, the weight of the divergence,", 0)
         number(self.iterations, "iterations of VAT, those of the power method,", 1, whole=True)
         number(self.xi, "xi of VAT, the length of a difference,", 0, above=True)
+        if self.unlabelled is not None:
+            number(self.unlabelled, "unlabelled of VAT, a label,", 0, whole=True)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, context: Context) -> Tensor:
         """J(x, y) + alpha * KL(p(x) || p(x + r)), means over the batch; a term of weight zero is not computed."""
         if self.alpha == 0:
-            return F.cross_entropy(classify(model, x), y)
+            return self._clean(classify(model, x), y)
         room = context.around(self)
         points = context.once(lambda: self.points(model, x, room))
         logits = classify(model, x)
         apart = divergence(logits.detach().log_softmax(1), classify(model, points).log_softmax(1)).mean()
-        return F.cross_entropy(logits, y) + self.alpha * apart
+        return self._clean(logits, y) + self.alpha * apart
+
+    def _clean(self, logits: Tensor, y: Tensor) -> Tensor:
+        """J(x, y), mean over the rows with a label; zero where there are none."""
+        if self.unlabelled is None:
+            return F.cross_entropy(logits, y)
+        known = y != self.unlabelled
+        return F.cross_entropy(logits[known], y[known], reduction="sum") / known.sum().clamp(min=1)
 
     def points(self, model: nn.Module, x: Tensor, room: Room) -> Tensor:
         """x + r, in region and box; the model is in eval mode meanwhile."""
