@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mohs.evaluation import check, evaluate, minimum_norm
     from mohs.evaluation.exam import exam
     from mohs.problem import Goal, Problem
-    from mohs.regions import L0, L1, L2, Linf, Lp, Patch
+    from mohs.regions import L0, L1, L2, Linf, Lp, Patch, Words
     from mohs.target import Target
     from mohs.threat import Access, Knowledge, Threat
 
@@ -29,7 +29,7 @@ _HOME = {
         "attacks", "certificates", "data", "defenses", "evaluation", "gradients", "models", "objectives", "records", "reports",
     )},
     **{name: f"mohs.attacks:{name}" for name in ("Outcome", "Stop", "attack")},
-    **{name: f"mohs.regions:{name}" for name in ("L0", "L1", "L2", "Linf", "Lp", "Patch")},
+    **{name: f"mohs.regions:{name}" for name in ("L0", "L1", "L2", "Linf", "Lp", "Patch", "Words")},
     **{name: f"mohs.threat:{name}" for name in ("Access", "Knowledge", "Threat")},
     **{name: f"mohs.evaluation:{name}" for name in ("check", "evaluate", "exam", "minimum_norm")},
     **{name: f"mohs.problem:{name}" for name in ("Goal", "Problem")},
@@ -55,6 +55,6 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "L0", "L1", "L2", "Access", "Goal", "Knowledge", "Linf", "Lp", "MohsError", "Outcome", "Patch", "Problem", "Stop", "Target",
-    "Threat", "attack", "attacks", "certificates", "certify", "check", "data", "defenses", "evaluate", "evaluation", "exam",
+    "Threat", "Words", "attack", "attacks", "certificates", "certify", "check", "data", "defenses", "evaluate", "evaluation", "exam",
     "gradients", "minimum_norm", "models", "objectives", "records", "reports",
 ]  # fmt: skip

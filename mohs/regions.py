@@ -17,6 +17,7 @@ from torch import Tensor
 from mohs import streams
 from mohs._geometry import Box, largest, per_row, unit_scale
 from mohs._patch import Patch
+from mohs._words import Words
 from mohs.errors import ThreatError
 
 
@@ -56,7 +57,7 @@ class Lp:
 
     @property
     def kind(self) -> str:
-        """The family an attack names when it says which regions it serves: linf, l2, l1, lp, l0 or patch."""
+        """The family an attack names when it says which regions it serves: linf, l2, l1, lp, l0, patch or words."""
         return self.name if type(self) is not Lp else "lp"
 
     @property
@@ -408,4 +409,4 @@ class L0:
         return torch.full_like(eps, 0.15 * (box[1] - box[0]))
 
 
-Region = Lp | L0 | Patch
+Region = Lp | L0 | Patch | Words

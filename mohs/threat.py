@@ -9,7 +9,7 @@ from enum import IntEnum
 from typing import Any
 
 from mohs.errors import ThreatError
-from mohs.regions import L0, L1, L2, Box, Linf, Lp, Patch, Region
+from mohs.regions import L0, L1, L2, Box, Linf, Lp, Patch, Region, Words
 
 
 class Access(IntEnum):
@@ -68,7 +68,7 @@ class Threat:
 
     Args:
         region: the allowed change, such as ``Linf(8 / 255)``.
-        box: lowest and highest valid input value; infinite bounds are allowed.
+        box: lowest and highest valid input value; infinite bounds are allowed, and words have no others.
         access: what a look shows.
         queries: looks per example, None for no limit.
         knowledge: what is known beforehand.
@@ -90,11 +90,14 @@ class Threat:
     draws: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.region, Lp | L0 | Patch):
+        if not isinstance(self.region, Lp | L0 | Patch | Words):
             raise ThreatError(
-                f"A threat needs a region; got {self.region!r}. Allowed: mohs.Linf(eps), L2, L1, Lp(p, eps), L0(k), Patch(side)."
+                f"A threat needs a region; got {self.region!r}. Allowed: mohs.Linf(eps), L2, L1, Lp(p, eps), L0(k), Patch(side), "
+                "Words(k)."
             )
-        lo, hi = (float(v) for v in self.box)
+        # words are swapped, not moved: no value can leave a box
+        swapped = isinstance(self.region, Words)
+        lo, hi = (-math.inf, math.inf) if swapped else (float(v) for v in self.box)
         if not lo < hi:
             raise ThreatError(f"The box of valid inputs was {self.box}. Give (lowest, highest), such as (0, 1).")
         object.__setattr__(self, "box", (lo, hi))
@@ -110,7 +113,7 @@ class Threat:
     @classmethod
     def parse(cls, text: str | Threat | Region) -> Threat:
         """Read the short form: ``linf:8/255``, ``l2:0.5``, ``l1:10``, ``l1.5:0.3``, ``l0:20``, ``l0-features:20``, ``l2:inf``,
-        ``patch:5`` (a square of 5 x 5 pixels anywhere), ``patch@10,12:5`` (from row 10, column 12 on).
+        ``patch:5`` (a square of 5 x 5 pixels anywhere), ``patch@10,12:5`` (from row 10, column 12 on), ``words:2``.
 
         A box other than [0, 1] follows in words: ``linf:8 in [0, 255]``. A Threat passes through; a bare region gets
         the box [0, 1].
@@ -120,7 +123,7 @@ class Threat:
         """
         if isinstance(text, Threat):
             return text
-        if isinstance(text, Lp | L0 | Patch):
+        if isinstance(text, Lp | L0 | Patch | Words):
             return cls(text)
         match = re.fullmatch(r"\s*(\S+?)\s*:\s*([^\s]+)(?:\s+in\s+\[\s*([^,\s]+)\s*,\s*([^\]\s]+)\s*\])?\s*", str(text))
         try:
@@ -135,11 +138,12 @@ class Threat:
                 raise
             raise ThreatError(
                 f"Cannot read the threat {text!r}. Allowed: linf:8/255, l2:0.5, l1:10, l1.5:0.3, l0:20, l0-features:20, "
-                "patch:5, patch@10,12:5, an infinite radius (l2:inf) for the smallest change, and a box: 'linf:8 in [0, 255]'."
+                "patch:5, patch@10,12:5, words:2, an infinite radius (l2:inf) for the smallest change, and a box: 'linf:8 in [0, 255]'."
             ) from None
 
     def __str__(self) -> str:
-        box = "" if self.box == (0.0, 1.0) else f" in [{_text(self.box[0])}, {_text(self.box[1])}]"
+        plain = self.box == (0.0, 1.0) or isinstance(self.region, Words)
+        box = "" if plain else f" in [{_text(self.box[0])}, {_text(self.box[1])}]"
         return f"{self.region.name}:{_text(self.region.eps)}{box}"
 
     @property
@@ -220,6 +224,8 @@ def _region(name: str, eps: float) -> Region:
         return named[name](eps)
     if name in ("l0", "l0-features"):
         return L0(eps, features=name.endswith("features"))
+    if name == "words":
+        return Words(eps)
     if name == "patch":
         return Patch(eps)
     if place := re.fullmatch(r"patch@(\d+),(\d+)", name):

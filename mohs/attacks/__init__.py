@@ -14,6 +14,7 @@ from mohs.attacks.fab import FAB
 from mohs.attacks.fgsm import FGSM
 from mohs.attacks.fmn import FMN
 from mohs.attacks.hop_skip_jump import HopSkipJump
+from mohs.attacks.hot_flip import HotFlip
 from mohs.attacks.jsma import JSMA
 from mohs.attacks.latent import Latent
 from mohs.attacks.lavan import LaVAN
@@ -67,6 +68,7 @@ REGISTRY: dict[str, type] = {
         SPGD,
         LaVAN,
         PatchSearch,
+        HotFlip,
         Square,
         HopSkipJump,
         Boundary,

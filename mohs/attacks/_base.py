@@ -40,7 +40,7 @@ class Attack(Protocol):
             any positive number is then allowed.
         outside: does it come from outside the region? Then the caller's points are brought into the box alone, and all
             restarts begin there (taken for no).
-        norms: the regions it serves, of "linf", "l2", "l1", "lp", "l0" and "patch" (where it is not said: all of them).
+        norms: the regions it serves, of "linf", "l2", "l1", "lp", "l0", "patch" and "words" (where it is not said: all of them).
     """
 
     needs: ClassVar[Access]

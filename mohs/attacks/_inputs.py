@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs.errors import DataError, ModelError, UsageError, rows_text
-from mohs.regions import Patch
+from mohs.regions import Patch, Words
 from mohs.threat import Threat
 
 
@@ -31,7 +31,7 @@ def check_inputs(
             "for a model of lower precision put the cast into the model: changes are measured in the inputs' own precision."
         )
     check_box(x, threat)
-    if isinstance(threat.region, Patch):
+    if isinstance(threat.region, Patch | Words):
         threat.region.refuse(x)
     check_labels(y, len(x), "labels y")
     if targets is not None:

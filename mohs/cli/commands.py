@@ -41,7 +41,8 @@ Model = Annotated[
 Layers = Annotated[str, Parameter(group=_what, help="bundled:NAME, package.module:factory, FILE.pt2 or FILE.onnx")]
 Data = Annotated[str, Parameter(group=_what, help="bundled:NAME, idx:DIR, cifar10:DIR, npz:FILE or folder:DIR")]
 ThreatText = Annotated[
-    str, Parameter(group=_what, help="such as linf:8/255, l2:0.5, l1:10, l0:20, patch:5, or 'linf:8 in [0, 255]'")
+    str,
+    Parameter(group=_what, help="such as linf:8/255, l2:0.5, l1:10, l0:20, patch:5, words:2, or 'linf:8 in [0, 255]'"),
 ]
 Weights = Annotated[
     Path | None, Parameter(group=_what, help="weights for package.module:factory (.safetensors or a state dict)")

@@ -214,5 +214,7 @@ def _score(path: Path, number: int, said: str) -> float:
     except ValueError:
         score = math.nan
     if not math.isfinite(score):
-        raise DataError(f"{path}: the label in line {number} is {said[:40]!r}, no finite number. Leave threshold out for names.")
+        raise DataError(
+            f"{path}: the label in line {number} is {said[:40]!r}, no finite number. Leave threshold out for names."
+        )
     return score

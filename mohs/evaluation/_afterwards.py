@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mohs import records
-from mohs.attacks import APGD, FGSM, PGD, SPGD, LaVAN
+from mohs.attacks import APGD, FGSM, PGD, SPGD, HotFlip, LaVAN
 from mohs.attacks.run import refused_norm
 from mohs.errors import RecordError, gist
 from mohs.evaluation import tactics
@@ -25,7 +25,7 @@ from mohs.evaluation.checks._seen import Seen
 from mohs.evaluation.checks._validity import radii
 from mohs.evaluation.plans import PlanStep
 from mohs.objectives import margin
-from mohs.regions import L0, Patch
+from mohs.regions import L0, Patch, Words
 from mohs.threat import Access
 
 if TYPE_CHECKING:
@@ -231,8 +231,8 @@ class _Ladder:
         except FAILURES as error:
             return f"Not tried: transfer ({gist(error)})."
         name = name if inner is None else f"the model without {name}"
-        patch = isinstance(run.threat.region, Patch)
-        attack = _sound(run) if white or patch else PGD(steps=50, objective=margin)  # others ask for logits
+        own = isinstance(run.threat.region, Patch | Words)
+        attack = _sound(run) if white or own else PGD(steps=50, objective=margin)  # others ask for logits
         return self._rung(attack, reason, share=SHARE, guide=guide, note=f", gradients of {name}")
 
     def _left(self) -> int:
@@ -279,6 +279,8 @@ def _sound(run: Evaluation) -> Any:
     """An attack whose steps set themselves, for the region at hand."""
     if isinstance(run.threat.region, Patch):
         return LaVAN(steps=50)
+    if isinstance(run.threat.region, Words):
+        return HotFlip(steps=100)
     return SPGD(steps=50) if isinstance(run.threat.region, L0) else APGD(steps=50)
 
 

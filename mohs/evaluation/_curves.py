@@ -57,7 +57,7 @@ def radius_curve(evaluation: Evaluation) -> list[records.CurvePoint]:
     if attack is None or not len(right) or evaluation.threat.region.eps == 0:
         return points
     radii = [r * evaluation.threat.region.eps for r in CURVE]
-    if evaluation.threat.region.kind in ("l0", "patch"):  # counts
+    if evaluation.threat.region.kind in ("l0", "patch", "words"):  # counts
         radii = sorted({max(1, round(r)) for r in radii})
     todo = torch.from_numpy(right).to(evaluation.x.device)
     evaluation.notify("radii", 0, len(todo), 0)

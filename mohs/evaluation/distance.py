@@ -128,7 +128,7 @@ def minimum_norm(
         progress: called with (attack, examples finished, of how many).
 
     Raises:
-        ThreatError: a finite radius, or patches.
+        ThreatError: a finite radius, patches or words.
         UsageError: too few passes for a step of any attack.
 
     >>> net = torch.nn.Linear(2, 2, bias=False)
@@ -148,8 +148,8 @@ def minimum_norm(
         )
     if threat.region.kind not in ENSEMBLE:
         raise ThreatError(
-            f"minimum_norm serves {', '.join(ENSEMBLE)}; got {threat}. The sides of patches are few whole numbers: attack with each, "
-            "such as 'patch:3', from the smallest on."
+            f"minimum_norm serves {', '.join(ENSEMBLE)}; got {threat}. The sides of patches and counts of words are few numbers: "
+            "attack with each, such as 'patch:3', from the smallest on."
         )
     relay = ENSEMBLE[threat.region.kind]
     least = next(n for n in itertools.count(1) if any(leg.steps(n) for leg in relay))

@@ -109,8 +109,10 @@ def evaluate(
         )
     if type(exam) is not int or exam < 0:
         raise UsageError(f"exam must be a whole number of examples >= 0; got {exam!r}.")
-    if exam and (threat.region.kind in ("l0", "patch") or threat.region.eps == 0):
-        raise ThreatError(f"The exam needs a norm, not l0 or patch, and a radius above 0; got {threat}. Leave it out.")
+    if exam and (threat.region.kind in ("l0", "patch", "words") or threat.region.eps == 0):
+        raise ThreatError(
+            f"The exam needs a norm, not l0, patch or words, and a radius above 0; got {threat}. Leave it out."
+        )
     if adaptive not in ("declared", "blind", "off"):
         raise UsageError(f"adaptive must be 'declared', 'blind' or 'off'; got {adaptive!r}.")
     if until not in ("end", "decided"):

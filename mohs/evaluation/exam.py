@@ -176,7 +176,7 @@ def exam(
     Args:
         model: a classifier in eval mode, inputs in the box to logits.
         data: a ``Dataset`` or a pair (x, y); examples that the model gets wrong are passed over.
-        threat: such as ``"linf:8/255"``: a finite radius above 0, any norm, so neither l0 nor patch.
+        threat: such as ``"linf:8/255"``: a finite radius above 0, any norm, so neither l0 nor patch nor words.
         plan: a ``Plan``, its name or file, or one attack such as ``mohs.attacks.PGD(steps=40)``. Each stage of a plan runs
             on all that are not yet broken, as in an evaluation's control subset; its ``share`` is not applied.
         n: examples, chosen by a keyed hash of their content.
@@ -195,7 +195,7 @@ def exam(
         An ``Exam``: ``rate``, ``passed``, ``interval``, ``random_rate``, ``untestable``, ``finding`` and more.
 
     Raises:
-        ThreatError: an infinite or zero radius, l0, patch, or no attack of the plan can run under the threat.
+        ThreatError: an infinite or zero radius, l0, patch, words, or no attack of the plan can run under the threat.
         UsageError, DataError, ModelError, AccessError: see the message.
 
     Cost: per example inner + looks + 3 forwards, 50 forwards and backwards, a logistic regression (milliseconds at a hundred
@@ -264,7 +264,8 @@ def exam(
 def _refuse(threat: Threat, n: int, inner: int, reach: float | None, looks: int) -> None:
     if not isinstance(threat.region, Lp):
         raise ThreatError(
-            f"The exam needs a norm; got {threat}. Few changed positions, or a patch, leave no room between inner points and boundary. "
+            f"The exam needs a norm; got {threat}. Few changed positions or words, or a patch, leave no room between inner points and "
+            "the boundary. "
             "Allowed: linf, l2, l1 and other p >= 1."
         )
     if threat.minimum or threat.region.eps == 0:

@@ -27,7 +27,7 @@ _PLAN_KEYS = ("name", "description", "attack")
 _STEP_KEYS = ("use", "with", "restarts", "aims", "rank", "start", "share", "only", "access", "rejects", "skip", "note")
 RANKINGS = ("logit", "distance")
 """How the classes to move towards are ordered: by logit, or by linearised distance."""
-KINDS = ("linf", "l2", "l1", "lp", "l0", "patch")
+KINDS = ("linf", "l2", "l1", "lp", "l0", "patch", "words")
 """Families of regions."""
 ACCESSES = tuple(level.name.lower() for level in Access if level > Access.NONE)
 """What an adversary may see, from least to most."""
@@ -250,7 +250,7 @@ def load_plan(source: str | Path | Plan) -> Plan:
     >>> [step.label for step in load_plan("quick").steps]  # doctest: +NORMALIZE_WHITESPACE
     ['APGD-10 probability_margin', 'APGD-25 probability_margin, nearest 25%', 'APGD-20 margin 5 aims, nearest 12%',
     'APGD-50 probability_margin, nearest 6%', 'Square-300 margin, nearest 3%', 'SPGD-60 CE', 'LaVAN-80 margin',
-    'PatchSearch-300 margin, nearest 3%', 'HopSkipJump-500']
+    'PatchSearch-300 margin, nearest 3%', 'HotFlip-100 margin', 'HopSkipJump-500']
     """
     if isinstance(source, Plan):
         return source

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from mohs import defenses, records
-from mohs.attacks import APGD, SPGD, Attack, LaVAN, attack
+from mohs.attacks import APGD, SPGD, Attack, HotFlip, LaVAN, attack
 from mohs.errors import MohsError, gist
 from mohs.evaluation import _layers
 from mohs.evaluation._draws import draws_needed
 from mohs.evaluation._fits import fitted
 from mohs.evaluation.checks._probe import Probe
 from mohs.gradients import BeforeSoftmax, FiniteDifference, Past, Smooth, Straight, Through
-from mohs.regions import L0, L1, Linf, Patch
+from mohs.regions import L0, L1, Linf, Patch, Words
 from mohs.threat import Threat
 
 ROWS = 32
@@ -228,7 +228,9 @@ def trial(
 ) -> Trial:  # fmt: skip
     """One short attack with the tactic's gradients on the examples; a tactic that cannot run says why."""
     one: Attack = APGD(steps=steps)
-    if isinstance(threat.region, L0 | Patch):
+    if isinstance(threat.region, Words):
+        one = HotFlip(steps=2 * steps)
+    elif isinstance(threat.region, L0 | Patch):
         one = SPGD(steps=steps) if isinstance(threat.region, L0) else LaVAN(steps=2 * steps, windows=5)
     everyone = tuple(range(len(x)))
     try:
@@ -258,7 +260,7 @@ def spread(threat: Threat, x: Tensor) -> float:
     """Standard deviation of a noise that is typical for half the radius, in units of the input."""
     region, count = threat.region, x[0].numel()
     width = min(threat.box[1] - threat.box[0], float(x.max() - x.min()) or 1.0)
-    if isinstance(region, L0 | Patch):
+    if isinstance(region, L0 | Patch | Words):
         return 0.1 * width
     if isinstance(region, Linf):
         return min(region.eps / 2, 0.1 * width)

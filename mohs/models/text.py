@@ -107,7 +107,9 @@ class SentenceCNN(nn.Module):
     ) -> None:
         super().__init__()
         if width < 1 or width % 2 == 0:
-            raise ModelError(f"width of SentenceCNN must be odd, so that a filter has a word in its middle; got {width}.")
+            raise ModelError(
+                f"width of SentenceCNN must be odd, so that a filter has a word in its middle; got {width}."
+            )
         self.filters = nn.Conv1d(size, channels, width, padding=width // 2)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels, classes)
@@ -151,8 +153,8 @@ class WordChoices(nn.Module):
 
         e_t = sum over j of choice_tj * embedding(id_tj);        logits = classifier(e)
 
-    Inputs are [N, 2, T, C], as ``choices`` makes them and the threat ``words:k`` changes them: at place t the first plane has the ids of
-    the words that may stand there, the second a weight for each, one of them 1 and the others 0. The gradient with respect to a weight
+    Inputs are [N, 2, T, C], as ``choices`` makes them and the threat ``words:k`` changes them: at place t the first plane has the ids
+    of the words that may stand there, the second a weight for each, one of them 1 and the others 0. The gradient with respect to a weight
     is what the net expects of that word to first order.
 
     Args:
@@ -170,7 +172,7 @@ class WordChoices(nn.Module):
             ModelError: another shape.
         """
         _check_choices(x)
-        rows, _, places, words = x.shape
+        _, _, places, words = x.shape
         e: Tensor = self.model.embedding(x[:, 0].flatten(1)).unflatten(1, (places, words))
         # not a matrix product, whose bits may depend on the row's place in the batch
         logits: Tensor = self.model.classifier((x[:, 1].unsqueeze(3) * e).sum(2))

@@ -15,6 +15,7 @@ REGIONS = {
     "l0": "at most so many positions may change, all channels of a position together, each to any valid value",
     "patch": "every pixel inside one square window may change to any valid value; the adversary chooses the window, and the radius "
     "is its side in pixels",
+    "words": "at most so many words of the input may be replaced, each by one of the alternatives that the input lists for its place",
     "l0-features": "at most so many single values may change, each to any valid value",
 }
 ACCESS = {

@@ -40,7 +40,7 @@ def make(name: str, **settings: Any) -> Any:
 
 def norms(name: str) -> list[str]:
     """Short forms the attack supports, at a radius some rows of the test nets give way to."""
-    forms = ["linf:0.1", "l2:0.5", "l1:1.5", "l3:0.35", "l1.5:0.8", "l0:3", "l0-features:4", "patch:3"]
+    forms = ["linf:0.1", "l2:0.5", "l1:1.5", "l3:0.35", "l1.5:0.8", "l0:3", "l0-features:4", "patch:3", "words:2"]
     if not REGISTRY[name].finite:
         forms = ["linf:inf", "l2:inf", "l1:inf", "l3:inf", "l0:inf", "linf:0.1", "l2:0.5", "l1:1.5", "l0:3"]
     return [form for form in forms if refused_norm(REGISTRY[name], Threat.parse(form)) is None]
@@ -54,7 +54,7 @@ each_attack = pytest.mark.parametrize("name", list(REGISTRY))
 def shape(which: str, features: int) -> tuple[int, ...]:
     """Inputs of that many numbers: a row of them, or an image where the attack (or the threat) asks for one."""
     form = norms(which)[0] if which in REGISTRY else which
-    return (1, 2, features // 2) if form.startswith("patch") else (features,)
+    return (1, 2, features // 2) if form.startswith(("patch", "words")) else (features,)
 
 
 def some_threat(name: str) -> str:

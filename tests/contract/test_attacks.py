@@ -47,6 +47,7 @@ COSTS = {  # documented cost of a row that never succeeds: steps -> (forwards, b
     "WeightedPGD": lambda steps, classes: (steps + 1, steps),
     "LogitMatching": lambda steps, classes: (steps + 1, steps - 1),
     "PatchSearch": lambda steps, classes: (steps + 1, 0),
+    "HotFlip": lambda steps, classes: (steps + 1, 1),  # too few steps for a second round
     "SigmaZero": lambda steps, classes: (steps + 1, steps),
     "JSMA": lambda steps, classes: (steps + 1, steps * min(2, classes - 1)),
     "DDN": lambda steps, classes: (steps + 1, steps),
@@ -207,7 +208,7 @@ def test_counters_equal_the_documented_cost(name: str, classes: int) -> None:
     with torch.no_grad():
         net[-1].bias[0] += 50.0  # nothing succeeds
     model = Counting(net)
-    threat = first_served(name, "linf:0.01", "l2:0.02", "l1:0.05", "l0:1", "patch:1")
+    threat = first_served(name, "linf:0.01", "l2:0.02", "l1:0.05", "l0:1", "patch:1", "words:1")
     out = mohs.attack(make(name), model, inputs(5, *shape(name, 6)), y, threat, batch=8)
     assert not out.success.any()
     forwards, backwards = COSTS[name](make(name).steps, classes)
@@ -299,8 +300,8 @@ def test_a_larger_radius_never_loses_a_success_on_a_linear_model(name: str) -> N
     net, x = Linear(8, 3), inputs(64, *shape(name, 8))
     y = net(x).argmax(1)
     before = torch.zeros(64, dtype=torch.bool)
-    norm = first_served(name, "linf:1", "l2:1", "l1:1", "l0:1", "patch:1").split(":")[0]
-    whole = {"l0": 8, "patch": 4}.get(norm)  # radii that are counts
+    norm = first_served(name, "linf:1", "l2:1", "l1:1", "l0:1", "patch:1", "words:1").split(":")[0]
+    whole = {"l0": 8, "patch": 4, "words": 2}.get(norm)  # radii that are counts
     for eps in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
         now = mohs.attack(
             make(name, random_start=False),

@@ -100,8 +100,8 @@ class Objective(Protocol):
     Further attributes are optional:
 
     - ``own_points: bool``: it makes adversarial points by itself, so that it needs a threat without holding an attack.
-    - ``norms: tuple[str, ...]``: the regions it serves, of "linf", "l2", "l1", "lp", "l0" and "patch" (where it is not
-      said: all).
+    - ``norms: tuple[str, ...]``: the regions it serves, of "linf", "l2", "l1", "lp", "l0", "patch" and "words" (where
+      it is not said: all).
     - ``prepare(x, points, box) -> Tensor``: what is trained on instead of the training set's inputs x [N, ...], such as
       ``points(attack)``, the attack's at the full radius. It is asked once, with the net as it is before the first step, and
       so only of a training that goes on from a trained net.

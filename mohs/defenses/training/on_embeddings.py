@@ -30,8 +30,8 @@ class OnEmbeddings:
       -log p(y | e): its loss is half the sum of the clean and the adversarial one.
     - ``OnEmbeddings(VAT())`` is virtual adversarial training; ``VAT(unlabelled=K)`` learns from sentences without a label as well.
 
-    It is a regulariser: measure what is left of the answers with ``mohs.evaluate(model.classifier, (model.embedding(ids), y), ...)``, and
-    words that change with the threat 'words:k'.
+    It is a regulariser: measure what is left of the answers with ``mohs.evaluate(model.classifier, (model.embedding(ids), y), ...)``,
+    and under other words with the threat 'words:k'.
 
     Args:
         objective: what is minimised at the embedded input.

@@ -57,9 +57,9 @@ class VAT:
     >>> [round(loss.item(), 4) for loss in losses]  # log 2; and -log(4 p q) / 2 more
     [0.6931, 0.7056]
 
-    **Differs from the paper**: rows with and without a label come in one batch; other norms; x + r is brought into the box; the default xi. The net is in eval
-    mode while r is found; both answers of the loss are those of training mode and both count in batch statistics, where the
-    published code leaves the second out.
+    **Differs from the paper**: rows with and without a label come in one batch; other norms; x + r is brought into the box; the
+    default xi. The net is in eval mode while r is found; both answers of the loss are those of training mode and both count in
+    batch statistics, where the published code leaves the second out.
     **Source**: T. Miyato, S. Maeda, M. Koyama, S. Ishii, "Virtual adversarial training: a regularization method for supervised and
     semi-supervised learning", TPAMI 2018, the section on the fast approximation of the perturbation and the algorithm in it; xi and
     which of the two answers is differentiated, also from the authors' code.

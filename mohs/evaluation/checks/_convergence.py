@@ -146,8 +146,10 @@ def _far(review: Review, rows: Tensor) -> tuple[Tensor, Tensor]:
         wrong = wrong[answers[wrong] < run.classes]  # to be rejected is no wrong answer
         if len(wrong):
             size = region.measure(run.x[wrong], run.x[row : row + 1].expand_as(run.x[wrong]))
-            kept.append(row)
-            radii.append(float(size.max()))
+            size = size[size.isfinite()]  # other words, or what lies before a patch, are out of reach at any radius
+            if len(size):
+                kept.append(row)
+                radii.append(float(size.max()))
     radius = torch.tensor(radii, dtype=run.x.dtype, device=run.x.device)
     if isinstance(region, L0):
         radius = radius.round()

@@ -84,7 +84,7 @@ def radius(probe: Probe) -> Seen:
     """Does the region leave anything of the input? No pass; looks at the sample."""
     region, (lo, hi) = probe.threat.region, probe.threat.box
     if probe.threat.minimum or math.isinf(lo) or math.isinf(hi) or not isinstance(region, Lp):
-        return ok(f"threat {probe.threat}: not applicable to an infinite radius, an infinite box, l0 or patches")
+        return ok(f"threat {probe.threat}: not applicable to an infinite radius, an infinite box, l0, patches or words")
     if region.eps == 0:
         return Seen(
             "warn", "eps = 0", "Nothing may change: this measures the clean accuracy.", "Give a radius above 0."

@@ -10,7 +10,7 @@ from mohs.evaluation.checks import _where
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen, ok, untested
 from mohs.problem import Goal
-from mohs.regions import L0, L2, Patch, per_row
+from mohs.regions import L0, L2, Patch, Words, per_row
 
 ROWS = 16
 """Rows of the sample that are looked at where the model is random."""
@@ -94,7 +94,9 @@ def promise_kept(probe: Probe, rows: int | None = None, guide: nn.Module | None 
         region, size = L2(1.0), width * max(size, 1.0) ** 0.5
     if size == float("inf"):
         region, size = L2(1.0), 0.01 * float(x.flatten(1).norm(dim=1).median())
-    if isinstance(region, Patch):  # nor has a patch: a quarter of the way to the best one by the gradient
+    if isinstance(
+        region, Patch | Words
+    ):  # nor has a patch, or a word: a quarter of the way to the best one by the gradient
         moved = x + (region.extreme(g, x, x.new_full((len(x),), region.eps), probe.threat.box) - x) / 4
     else:
         step = region.steepest(g) * per_row(x.new_full((len(x),), size), x)
