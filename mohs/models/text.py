@@ -58,6 +58,10 @@ class NormalisedEmbedding(nn.Module):
         self.register_buffer("frequency", (weights / weights.sum()).float())
         self.dropout = nn.Dropout(dropout)
 
+    def __len__(self) -> int:
+        """How many token ids it knows."""
+        return len(self.weight)
+
     def vectors(self) -> Tensor:
         """The normalised vectors of all token ids, [V, size]; that of the padding is of no use."""
         mean = self.frequency @ self.weight
@@ -138,7 +142,7 @@ class TextClassifier(nn.Module):
     torch.Size([1, 2])
     """
 
-    def __init__(self, embedding: nn.Module, classifier: nn.Module) -> None:
+    def __init__(self, embedding: NormalisedEmbedding, classifier: nn.Module) -> None:
         super().__init__()
         self.embedding, self.classifier = embedding, classifier
 
@@ -154,8 +158,10 @@ class WordChoices(nn.Module):
         e_t = sum over j of choice_tj * embedding(id_tj);        logits = classifier(e)
 
     Inputs are [N, 2, T, C], as ``choices`` makes them and the threat ``words:k`` changes them: at place t the first plane has the ids
-    of the words that may stand there, the second a weight for each, one of them 1 and the others 0. The gradient with respect to a weight
+    of the words that may stand there, the second a weight for each, one of them 1 and the others 0. The gradient for a weight
     is what the net expects of that word to first order.
+
+    An id that no word has is taken for the nearest one: no attack changes ids, but whoever checks a model looks beside its inputs too.
 
     Args:
         model: its two parts.
@@ -173,7 +179,8 @@ class WordChoices(nn.Module):
         """
         _check_choices(x)
         _, _, places, words = x.shape
-        e: Tensor = self.model.embedding(x[:, 0].flatten(1)).unflatten(1, (places, words))
+        ids = x[:, 0].flatten(1).clamp(0, len(self.model.embedding) - 1)
+        e: Tensor = self.model.embedding(ids).unflatten(1, (places, words))
         # not a matrix product, whose bits may depend on the row's place in the batch
         logits: Tensor = self.model.classifier((x[:, 1].unsqueeze(3) * e).sum(2))
         return logits

@@ -95,9 +95,9 @@ class OnEmbeddings:
                 return held(context.once(make), e)
 
         def perturb(
-            attack: Attack, points: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
+            attack: Attack, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
         ) -> Tensor:
             net = classifier if of is None else of
-            return held(context.perturb(attack, points.detach(), y, of=net, radii=radii), points)
+            return held(context.perturb(attack, x.detach(), y, of=net, radii=radii), x)
 
         return self.objective.loss(classifier, e, y, replace(context, perturb=perturb, once=once))
