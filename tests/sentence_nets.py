@@ -27,7 +27,7 @@ class LinearWords(nn.Module):
     def __init__(self, places: int, size: int, classes: int = 3, seed: int = 0) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(classes, places, size, generator=g, dtype=torch.float64))
+        self.weight = nn.Parameter(0.2 * torch.randn(classes, places, size, generator=g, dtype=torch.float64))
 
     def forward(self, e: Tensor) -> Tensor:
         words = torch.where(e[..., -1:] < AWAY / 2, e[..., :-1], 0.0)

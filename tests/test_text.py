@@ -84,7 +84,9 @@ def test_no_file_and_too_large_a_file_are_refused(tmp_path: Path, monkeypatch: p
         sentences(written(tmp_path, "pos\ta long film\n"))
 
 
-@given(st.lists(st.lists(st.sampled_from(["film", "plot", "a", "don't"]), min_size=1, max_size=6), min_size=1, max_size=5))
+@given(
+    st.lists(st.lists(st.sampled_from(["film", "plot", "a", "don't"]), min_size=1, max_size=6), min_size=1, max_size=5)
+)
 def test_known_words_come_back(texts: list[list[str]]) -> None:
     vocabulary = Vocabulary.of(["film plot a don't"])
     lines = [" ".join(words) for words in texts]
@@ -103,7 +105,9 @@ def test_vocabularies_that_are_none_are_refused() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.integers(0, 9), min_size=4, max_size=9).filter(lambda c: sum(n > 0 for n in c) >= 2), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 9), min_size=4, max_size=9).filter(lambda c: sum(n > 0 for n in c) >= 2), st.integers(0, 99)
+)
 def test_every_occurrence_of_a_word_counts_once(counts: list[int], seed: int) -> None:
     embedding = NormalisedEmbedding([0, *counts], size=3).double()
     # frequencies are kept in single precision
@@ -144,7 +148,9 @@ def test_dropout_comes_before_whatever_is_added() -> None:
     assert not (embedding.eval()(torch.full((1, 40), 3.0))[..., :-1] == 0).any()
 
 
-@pytest.mark.parametrize("ids", [torch.full((1, 3), 10.0), torch.full((1, 3), -1.0), torch.ones(3), torch.full((1, 2), torch.nan)])
+@pytest.mark.parametrize(
+    "ids", [torch.full((1, 3), 10.0), torch.full((1, 3), -1.0), torch.ones(3), torch.full((1, 2), torch.nan)]
+)
 def test_ids_that_no_word_has_are_refused(ids: Tensor) -> None:
     with pytest.raises(ModelError, match=r"token ids \[N, T\] from 0 to 9"):
         text_net()(ids)

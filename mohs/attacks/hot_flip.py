@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_ascent, check_whole
@@ -37,11 +38,11 @@ class HotFlip:
         g = grad J(x);   a change of the word at place t to word j promises  <g, x' - x> = g_tj - g_t,present
         look at the ``width`` changes that promise most;   x = the best of them, if it is better than x
 
-    until no change of a round is better. A place that has been changed may change again or back; where the threat allows no further
-    place, a change elsewhere undoes the one that costs least by the gradient. With a ``width`` of all words at all places a round is
-    exhaustive: under 'words:1' the first one finds the best answer there is, under more words the search ends where no single change
-    helps. A promise is a first-order guess from one word to a far one; the looks are what counts. Further restarts begin at random
-    words.
+    until no change of a round is better. A place that has been changed may change again or back; where the threat allows no
+    further place, a change elsewhere undoes one of the others. With a ``width`` of all words at all places a round is exhaustive:
+    under 'words:1' the first one finds the best answer there is; under 'words:k', with a width k times as large, the search ends
+    where no single change or exchange helps. A promise is a first-order guess from one word to a far one; the looks are what
+    counts. Further restarts begin at random words.
 
     Args:
         steps: looks in all; a round takes width + 1.
@@ -91,7 +92,10 @@ class HotFlip:
         return HotFlipState(x=x, base=base, value=low, order=order, best=base.clone(), most=low.clone())
 
     def _width(self, problem: Problem) -> int:
-        return min(self.width, problem.x0.shape[2] * problem.x0.shape[3])
+        """As many as there can be at most, the same for all rows."""
+        _, _, places, words = problem.x0.shape
+        limit = problem.threat.region.eps
+        return min(self.width, places * words * (max(int(limit), 1) if limit < places else 1))
 
     def step(self, problem: Problem, state: HotFlipState, k: int) -> HotFlipState:
         """Rank the changes, or look at one of them."""
@@ -130,27 +134,26 @@ def ranked(region: Words, g: Tensor, base: Tensor, problem: Problem, width: int)
     where there are no more."""
     x0, limit = problem.x0, problem.eps
     gains, clean = region.gains(g, x0), region.picked(x0)
-    words = gains.shape[2]
+    places, words = gains.shape[1:]
     present = gains.gather(2, base.unsqueeze(2))
     promise = (gains - present).scatter(2, base.unsqueeze(2), -math.inf)
     changed = base != clean
-    full = (changed.sum(1) >= limit).unsqueeze(1)
-    # where no further place may change, one elsewhere takes the place of the change that is worth least
-    cost = present.squeeze(2).masked_fill(~changed, math.inf)
-    least, undone = cost.min(1, keepdim=True)
-    elsewhere = full & ~changed
-    promise = torch.where(
-        elsewhere.unsqueeze(2), promise - least.unsqueeze(2), promise
-    )  # -inf where nothing can be undone
-    worth, index = promise.flatten(1).topk(width, dim=1)
-    place, word = index // words, index % words
+    # where no further place may change, a change elsewhere undoes another one: each of them in turn, from the cheapest on
+    full, cost = changed.sum(1) >= limit, present.squeeze(2).masked_fill(~changed, math.inf)
+    most = max(int((changed & full.unsqueeze(1)).sum(1).amax()), 1) if len(base) else 1
+    cost, undone = (v[:, :most] for v in cost.sort(dim=1, stable=True))
+    elsewhere = (full.unsqueeze(1) & ~changed).view(-1, 1, places, 1)
+    exchanged = promise.unsqueeze(1) - cost.view(-1, most, 1, 1)  # -inf where there is nothing to undo
+    promise = torch.where(elsewhere, exchanged, promise.unsqueeze(1))
+    promise[:, 1:].masked_fill_(~elsewhere, -math.inf)  # the same changes once more
+    # stable: among equals the first, however many exchanges the rows beside this one ask for
+    worth, index = (v[:, :width] for v in promise.flatten(1).sort(dim=1, descending=True, stable=True))
+    worth = pad(worth, (0, width - worth.shape[1]), value=-math.inf)
+    index = pad(index, (0, width - index.shape[1]))
+    turn, place, word = index // (places * words), index // words % places, index % words
     order = base.unsqueeze(1).repeat(1, width, 1)
-    swaps = elsewhere.gather(1, place)  # [B, width]
-    back = clean.gather(1, undone)
-    order = torch.where(
-        swaps.unsqueeze(2),
-        order.scatter(2, undone.unsqueeze(1).expand(-1, width, 1), back.unsqueeze(1).expand(-1, width, 1)),
-        order,
-    )
+    back = undone.gather(1, turn).unsqueeze(2)
+    exchange = (full.unsqueeze(1) & ~changed.gather(1, place)).unsqueeze(2)
+    order = torch.where(exchange, order.scatter(2, back, clean.gather(1, back.squeeze(2)).unsqueeze(2)), order)
     order = order.scatter(2, place.unsqueeze(2), word.unsqueeze(2))
     return torch.where(worth.isfinite().unsqueeze(2), order, base.unsqueeze(1))

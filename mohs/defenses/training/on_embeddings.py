@@ -92,7 +92,8 @@ class OnEmbeddings:
 
         def once(make: Callable[[], Tensor]) -> Tensor:
             with torch.no_grad():  # slopes are asked for with gradients of their own
-                return held(context.once(make), e)
+                points = context.once(make)
+            return held(points, e)
 
         def perturb(
             attack: Attack, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
