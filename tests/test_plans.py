@@ -68,7 +68,7 @@ class TestBuiltIn:
                 cost += step.share * step.restarts * max(step.aims, 1) * (passes * step.build().steps + 1)
             assert cost < limit, name
 
-    @pytest.mark.parametrize("threat", ["linf:8/255", "l2:0.5", "l1:10", "l1.5:2", "l0:5", "l0-features:5", "patch:5"])
+    @pytest.mark.parametrize("threat", ["linf:8/255", "l2:0.5", "l1:10", "l1.5:2", "l0:5", "l0-features:5", "patch:5", "words:2"])
     @pytest.mark.parametrize("name", ["quick", "standard", "thorough"])
     def test_every_region_is_served(self, name: str, threat: str) -> None:
         plan = load_plan(name)
@@ -76,7 +76,8 @@ class TestBuiltIn:
         served = [step.name for step in plan.steps if step.build_for(where) is not None]
         assert ("SPGD" in served) == threat.startswith("l0")
         assert ("LaVAN" in served) == threat.startswith("patch")
-        assert ("APGD" in served) != threat.startswith(("l0", "patch"))
+        assert ("HotFlip" in served) == threat.startswith("words")
+        assert ("APGD" in served) != threat.startswith(("l0", "patch", "words"))
         assert plan.skipped(where) == [], "what is meant for another region is passed over without a word"
 
 

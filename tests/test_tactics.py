@@ -179,7 +179,7 @@ def test_the_exam_uses_the_gradients_of_the_attacks(data: mohs.data.Dataset) -> 
     assert record.header.identity != mohs.evaluate(model, data, "linf:0.1", plan="quick", control=0).header.identity
     with pytest.raises(mohs.errors.UsageError, match="exam must be"):
         mohs.evaluate(model, data, "linf:0.1", exam=-1)
-    with pytest.raises(mohs.errors.ThreatError, match="needs a norm, not l0 or patch"):
+    with pytest.raises(mohs.errors.ThreatError, match="needs a norm, not l0, patch or words"):
         mohs.evaluate(model, data, "l0:3", exam=4)
 
 

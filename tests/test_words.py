@@ -90,6 +90,13 @@ def test_the_extreme_is_the_best_and_the_projection_the_nearest(seed: int, most:
         assert torch.equal(region.project(point, x, eps, BOX), point)
 
 
+def test_without_a_gradient_nothing_moves() -> None:
+    x = sentences(1).flip(3)  # the clean word comes last
+    for most in (1, 4):
+        still = Words(most).extreme(torch.zeros_like(x), x, torch.tensor([float(most)], dtype=x.dtype), BOX)
+        assert torch.equal(still, x)
+
+
 def test_a_start_takes_other_words_at_as_many_places() -> None:
     x = sentences(1).expand(200, -1, -1, -1)
     begun = Words(2).start(x, torch.full((200,), 2.0, dtype=x.dtype), BOX, torch.arange(200))
@@ -185,6 +192,24 @@ def test_a_change_is_undone_for_a_better_one_elsewhere() -> None:
     out = mohs.attack(HotFlip(width=12), Pairs(), x, y, "words:2")
     assert out.success.tolist() == [True]
     assert chosen(out.x).tolist() == [[2.0, 6.0, 7.0]]
+
+
+class Worths(nn.Module):
+    """Each word brings a number of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = (x[:, 1] * torch.tensor([[0.0, 3.0, 5.0], [0.0, 4.0, 1.0]])).sum((1, 2))
+        return torch.stack([torch.full_like(gain, 9.0), gain], 1)
+
+
+def test_an_exchange_is_ranked_by_what_is_lost_too() -> None:
+    x = choices(torch.tensor([[2.0, 3.0]]), torch.tensor([[0, 0], [1, 1], [4, 5], [6, 7]]))
+    begun = x.clone()
+    begun[0, 1, 0] = torch.tensor([0.0, 1.0, 0.0])  # worth 3: another word there is worth 2 more, one elsewhere 1
+    run = {"start": begun, "stop": Stop.BUDGET}
+    for steps, gain in ((1, 5.0), (2, 5.0)):
+        out = mohs.attack(HotFlip(steps, width=1), Worths(), x, torch.tensor([0]), "words:1", **run)
+        assert out.margin.tolist() == [gain - 9.0]
 
 
 def test_the_answer_is_made_of_the_listed_words_and_beats_other_attacks() -> None:
