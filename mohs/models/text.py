@@ -40,7 +40,7 @@ class NormalisedEmbedding(nn.Module):
 
     **Differs from the paper**: the number that marks padding.
     **Source**: T. Miyato, A. Dai, I. Goodfellow, "Adversarial training methods for semi-supervised text classification", ICLR 2017,
-    section 2, equation 1.
+    the section on the model.
     """
 
     frequency: Tensor
@@ -103,7 +103,8 @@ class SentenceCNN(nn.Module):
         classes: logits.
         dropout: of the linear layer's input, while training.
 
-    **Source**: Y. Kim, "Convolutional neural networks for sentence classification", EMNLP 2014, section 2, with filters of one width.
+    **Source**: Y. Kim, "Convolutional neural networks for sentence classification", EMNLP 2014, the section on the model, with
+    filters of one width.
     """
 
     def __init__(

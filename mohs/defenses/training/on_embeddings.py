@@ -58,7 +58,7 @@ class OnEmbeddings:
     **Differs from the paper**: dropout is off inside the classifier while r is found; that of the embedding is drawn once and is the
     same for r and for both looks.
     **Source**: T. Miyato, A. Dai, I. Goodfellow, "Adversarial training methods for semi-supervised text classification", ICLR 2017,
-    section 3.
+    the section on adversarial and virtual adversarial training.
     """
 
     objective: Objective
