@@ -94,6 +94,8 @@ class Quilting(Defense):
                 "Draw the bank from images of the same kind."
             )
         out = torch.zeros_like(x)
+        if not len(x):
+            return out
         norms = bank.flatten(1).square().sum(1)
         rows, columns = _places(x.shape[2], size, self.overlap), _places(x.shape[3], size, self.overlap)
         for above, top in zip([None, *rows[:-1]], rows, strict=True):
