@@ -81,6 +81,15 @@ def test_small_cnn_is_the_published_architecture() -> None:
         models.small_cnn(size=3)
 
 
+@pytest.mark.parametrize("width", [1, 16])
+def test_madry_cnn_is_as_wide_as_asked(width: int) -> None:
+    shapes = [list(p.shape) for p in models.madry_cnn(width).parameters() if p.dim() > 1]
+    filters, hidden = 2 * width, 64 * width
+    assert shapes == [[filters, 1, 5, 5], [2 * filters, filters, 5, 5], [hidden, 2 * filters * 49], [10, hidden]]
+    with pytest.raises(ModelError, match="width of at least 1"):
+        models.madry_cnn(0)
+
+
 def test_fc_is_500_150_10() -> None:
     widths = [m.out_features for m in models.fc_500_150_10() if isinstance(m, nn.Linear)]
     assert widths == [500, 150, 10]

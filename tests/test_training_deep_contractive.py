@@ -175,4 +175,4 @@ def test_recipes_name_it_and_their_nets_are_chains() -> None:
     for name, make in nets.NETS.items():
         x = torch.rand(2, 1, 28, 28)
         squares = DeepContractive().squares(make(), x, seed=0)[1]
-        assert len(squares) == {"small_cnn": 4, "lenet": 4, "fc_500_150_10": 3, "linear": 1}[name]
+        assert len(squares) == {"small_cnn": 4, "madry_cnn": 4, "lenet": 4, "fc_500_150_10": 3, "linear": 1}[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mohs.models.blackbox import BlackBox
 from mohs.models.code import code_hash
 from mohs.models.loading import available, bundled_info, is_url, load, loading_notes, save_bundled
-from mohs.models.nets import NETS, fc_500_150_10, lenet, linear, normalized, small_cnn
+from mohs.models.nets import NETS, fc_500_150_10, lenet, linear, madry_cnn, normalized, small_cnn
 from mohs.models.served import Served
 from mohs.models.text import NormalisedEmbedding, SentenceCNN, TextClassifier, WordChoices
 from mohs.models.weights import read_metadata, read_weights, save_weights, weights_hash
@@ -25,6 +25,7 @@ __all__ = [
     "is_url",
     "lenet",
     "linear",
+    "madry_cnn",
     "load",
     "loading_notes",
     "normalized",
