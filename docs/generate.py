@@ -117,8 +117,8 @@ CHECKS = """# Checks
 
 `mohs check` makes the first ones; an evaluation makes all of them and puts what it saw into its record and its report. Each says what
 was seen (with numbers), what that means and what to do. *warn*: an upheld claim stands on less than it seems. *block*: there is no
-verdict until it is mended. *info*: worth knowing. Where a check warns, the evaluation does by itself what the check asks for: other
-gradients before the plan, further attacks after it. The finding then tells what came of it.
+verdict until it is mended. *info*: worth knowing. What can be answered by other gradients before the plan, or by further attacks after
+it, an evaluation does by itself; the finding then tells what came of it.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 import mohs
 from mohs.attacks import PGD
 from mohs.evaluation import _afterwards, tactics
-from mohs.evaluation.checks import _aimed, _answers, _climb
+from mohs.evaluation._others import nearest_others
+from mohs.evaluation.checks import _aimed, _climb
 from mohs.evaluation.plans import Plan, PlanStep
 from mohs.records import Record
 
@@ -181,15 +183,15 @@ def test_who_was_still_gaining_is_named() -> None:
 def test_starts_are_the_nearest_examples_with_another_answer() -> None:
     net, x = relu_net(SHAPE), inputs(40, *SHAPE, seed=2)
     answers = net(x).argmax(1)
-    record = SimpleNamespace(examples=SimpleNamespace(clean_label=answers.numpy()))
-    review = SimpleNamespace(
-        run=SimpleNamespace(x=x, y=answers, classes=4), record=record, threat=mohs.Threat.parse("l2:1")
+    record: Any = SimpleNamespace(examples=SimpleNamespace(clean_label=answers.numpy()))
+    run: Any = SimpleNamespace(
+        x=x, y=answers, classes=4, threat=mohs.Threat.parse("l2:1"), settings=SimpleNamespace(reject=None)
     )
     rows = torch.tensor([3, 17])
-    found = _answers.others(review, rows)
+    found = nearest_others(run, rows, record)
     for row, point in zip(rows.tolist(), found, strict=True):
         size = (x - x[row]).flatten(1).norm(dim=1).masked_fill(answers == answers[row], torch.inf)
         assert torch.equal(point, x[size.argmin()])
-    review.run.classes, record.examples.clean_label = 1, np.zeros(40, int)
-    review.run.y = torch.zeros_like(answers)
-    assert torch.equal(_answers.others(review, rows), x[rows])
+    run.classes, record.examples.clean_label = 1, np.zeros(40, int)
+    run.y = torch.zeros_like(answers)
+    assert torch.equal(nearest_others(run, rows, record), x[rows])

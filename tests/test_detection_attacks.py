@@ -189,6 +189,8 @@ def test_without_an_example_the_winners_change_places() -> None:
     assert _other(z, Goal.leave(torch.tensor([0]), torch.tensor([1]), reject=3)).tolist() == [[1.0, 3.0, 2.0, -5.0]]
     assert _other(z, Goal.attain(torch.tensor([1]))).tolist() == [[1.0, 3.0, 2.0, -5.0]]
     assert torch.equal(_other(z, Goal.leave(torch.tensor([1]))), z), "answers otherwise as it is"
+    rejected = torch.tensor([[3.0, 1.0, 2.0, 5.0]])
+    assert _other(rejected, Goal.leave(torch.tensor([0]), reject=3)).tolist() == [[2.0, 1.0, 3.0, 5.0]]
 
 
 class Odds(nn.Module):

@@ -154,7 +154,17 @@ def chosen(model: nn.Module, data: mohs.data.Dataset) -> tactics.Choice:
         return tactics.choose(probe, examine(probe), threat, 0, 64)
 
 
-def test_a_code_with_other_channels_falls_to_a_fitted_convolution(data: mohs.data.Dataset) -> None:
+class Refuses(nn.Module):
+    """In the place of a tactic that would need no fit."""
+
+    def __init__(self, model: nn.Module, **settings: object) -> None:
+        raise ModelError("not here")
+
+
+def test_a_code_with_other_channels_falls_to_a_fitted_convolution(
+    data: mohs.data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tactics, "Straight", Refuses)
     model = nn.Sequential(Layer(negative_code), Decoder(), net()).eval()
     choice = chosen(model, data)
     assert choice.tactic.name == "through 0 by a fitted 1x1 convolution"
@@ -165,7 +175,11 @@ def test_a_code_with_other_channels_falls_to_a_fitted_convolution(data: mohs.dat
     assert torch.equal(guide(data.x), model(data.x))
 
 
-def test_a_code_that_is_no_layer_is_fitted_up_to_the_next_one(data: mohs.data.Dataset) -> None:
+def test_a_code_that_is_no_layer_is_fitted_up_to_the_next_one(
+    data: mohs.data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tactics, "Straight", Refuses)
+
     class Whole(nn.Module):
         def __init__(self) -> None:
             super().__init__()

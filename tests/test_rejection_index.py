@@ -20,6 +20,7 @@ from mohs.evaluation import confirm
 from mohs.evaluation.checks import _aimed, _answers
 from mohs.evaluation.checks._review import Review, fools
 from mohs.evaluation.checks._seen import Seen
+from mohs.threat import Threat
 
 
 class Rejecting(nn.Module):
@@ -67,7 +68,12 @@ def test_answers_alone_are_held_against_the_threshold_of_all_lesser_attacks(new:
         n=of, correct=np.ones(of, bool), examples=SimpleNamespace(clean_label=np.arange(of) % 2)
     )  # fmt: skip
     run = SimpleNamespace(
-        x=x, y=torch.arange(of) % 2, classes=2, run=SimpleNamespace(header=SimpleNamespace(checks=()))
+        x=x,
+        y=torch.arange(of) % 2,
+        classes=2,
+        run=SimpleNamespace(header=SimpleNamespace(checks=())),
+        threat=Threat.parse("linf:0.1"),
+        settings=SimpleNamespace(reject=None),
     )
     review: Any = SimpleNamespace(
         closed="", threat=mohs.Threat.parse("linf:0.1"), sighted=[0], attacks=[0], seen=loud, record=record, run=run,

@@ -40,6 +40,9 @@ class LogitMatching:
             looked for, and not a direction. None: 5 * eps / steps (L0, patches: twice the region's usual one).
         random_start: begin at a random point of region and box, else at the clean input.
 
+    The logit of a rejection is left out. A detector that looks at inner layers is met as far as it follows from the classes' logits;
+    use OrthogonalPGD and WeightedPGD as well.
+
     Without ``start``, and where the model calls the example as it should call the input, the logits wanted are those that were
     seen with two of them exchanged: the label's and the highest other (the aim's, the target's).
 
@@ -100,7 +103,7 @@ def _towards(wanted: Tensor) -> Objective:
     @Objective
     def near(logits: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
         gap = wanted - logits
-        if goal.reject is not None:  # follows from the others, and is often far steeper
+        if goal.reject is not None:  # often far steeper than the others, which it would drown
             gap[:, goal.reject] = 0
         return -gap.square().sum(1) / 2, gap
 
@@ -109,7 +112,10 @@ def _towards(wanted: Tensor) -> Objective:
 
 def _other(logits: Tensor, goal: Goal) -> Tensor:
     """The logits where they reach the goal; else with what wins and what ought to win exchanged."""
-    up, down = goal.contest(logits)
+    seen = logits
+    if goal.reject is not None and not bool((goal.reach & (goal.label == goal.reject)).any()):
+        seen = logits.index_fill(1, torch.tensor([goal.reject], device=logits.device), -torch.inf)
+    up, down = goal.contest(seen)
     reached = goal.reached(logits.argmax(1))
     swapped = logits.clone()
     swapped.scatter_(1, up.unsqueeze(1), logits.gather(1, down.unsqueeze(1)))

@@ -65,13 +65,16 @@ class ROC:
         return float(self._places[0].mean())
 
     def interval(self, alpha: float = 0.05) -> tuple[float, float]:
-        """Two-sided bounds on the area. Where one set lies wholly above the other, or holds a single score, they are 0 and 1."""
+        """Two-sided bounds on the area. Where one set lies wholly above the other, all scores are equal, or one set holds a single
+        score, they say nothing: 0 and 1."""
         _level(alpha)
         above, below = self._places
         area = self.auc
         if min(len(above), len(below)) < 2 or not 0 < area < 1:
             return 0.0, 1.0
         spread = math.sqrt(above.var(ddof=1) / len(above) + below.var(ddof=1) / len(below))
+        if not spread:
+            return 0.0, 1.0
         middle = math.log(area / (1 - area))
         half = NormalDist().inv_cdf(1 - alpha / 2) * spread / (area * (1 - area))
         return _logistic(middle - half), _logistic(middle + half)

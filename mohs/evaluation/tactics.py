@@ -109,7 +109,7 @@ def choose(
         suspicious: something else makes the model suspect, so that its gradients are not to be trusted whatever they promise.
 
     Cost: nothing where nothing is suspect; else about 30 passes for each of 32 examples and each tactic, of which there are
-    two to eight; where none of them breaks nine tenths, some hundred passes more for each example that is left: gradients
+    two to about fifteen; where none of them breaks nine tenths, some hundred passes more for each example that is left: gradients
     averaged over noise, finite differences where nothing else helps, and as many of the best so far beside them.
     """
     said = defenses.declared(probe.model) if believe else None

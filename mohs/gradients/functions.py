@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,13 @@ STAIRS = frozenset(
 """Functions of torch that keep the shape of their first argument and have no useful gradient."""
 OUTSIDE = frozenset({"numpy", "__array__", "__dlpack__", "tolist", "item", "__float__", "__int__", "__bool__"})
 """Ways out of torch, which want a tensor without a graph."""
+ATTRIBUTES = frozenset({"__get__", "__set__", "__delete__"})
+"""Reading and writing what belongs to a tensor, such as its gradient."""
+_GRAD: Any = Tensor.grad  # of the class: the attribute itself
+SLOPES = frozenset({torch.autograd.grad, _GRAD.__get__})
+"""How a model gets the gradients that its own search follows."""
+STRAIGHT = "_InsteadBackward"
+"""What torch calls the node of ``instead``."""
 SOFT = frozenset({"softmax", "log_softmax", "sigmoid"})
 
 
@@ -36,6 +43,7 @@ class _Mended(TorchFunctionMode):
         self.x, self.attach = x, attach
         self.comparisons = Comparisons() if compare else None
         self.input, self.searches = Reached(x), Reached()
+        self.slopes: dict[int, Tensor] = {}  # kept, so that no id is given anew
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -43,25 +51,49 @@ class _Mended(TorchFunctionMode):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if paused():
             return func(*args, **kwargs)
-        if torch.is_grad_enabled() and self.searches.ends and any(self.searches.by(value) for value in args):
+        if (
+            name == "_set_grad_enabled"
+        ):  # the model's own mode, which is looked at below; what is computed has a graph in either
             return func(*args, **kwargs)
-        with torch.enable_grad():
-            if self.attach:
-                args = tuple(self._attached(value) for value in args)
-            first = args[0] if args else None
-            if name in OUTSIDE and isinstance(first, Tensor) and first.requires_grad:
-                return func(first.detach(), *args[1:], **kwargs)
-            if name in STAIRS and isinstance(first, Tensor) and first.requires_grad:
-                with torch.no_grad():
-                    value = func(*args, **kwargs)
-                return instead(value, first) if isinstance(value, Tensor) and value.shape == first.shape else value
-            if self.comparisons is not None:
-                value = self.comparisons.call(name, func, args, kwargs)
-            else:
+        forbidden = not torch.is_grad_enabled()
+        if forbidden and _in_place(name) and any(_leaf(value) for value in _flat(args[:1])):  # an optimiser's step
+            return func(*args, **kwargs)
+        if not forbidden and self.searches.ends and any(self.searches.by(value) for value in _flat(args)):
+            return self._noted(func, func(*args, **kwargs))
+        if any(id(value) in self.slopes for value in args) and not any(self.input.by(value) for value in args):
+            return self._noted(torch.autograd.grad, func(*args, **kwargs))
+        if not forbidden and name == "requires_grad_" and _meant_as_leaf(args[0]):
+            value = args[0].detach().requires_grad_()
+        else:
+            with torch.enable_grad():
+                value = func(*args, **kwargs) if name in ATTRIBUTES else self._computed(name, func, args, kwargs)
+        if _begins(value) and value is not self.x:
+            self.searches.ends.append(value)
+        # what a search has found is no part of it any more
+        found = forbidden and not _in_place(name) and self.searches.by(value) and not self.input.by(value)
+        return value.detach() if found else value
+
+    def _noted(self, func: Callable[..., Any], value: Any) -> Any:
+        """What a search follows, and is made of that, is no part of the way from the input to the answer."""
+        if func in SLOPES:
+            self.slopes |= {id(slope): slope for slope in _flat((value,)) if isinstance(slope, Tensor)}
+        return value
+
+    def _computed(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The value of ``func``, with a graph that leads past stairs."""
+        if self.attach:
+            # what is to be changed in place must stay itself
+            args = tuple(value if _in_place(name) and not i else self._attached(value) for i, value in enumerate(args))
+        first = args[0] if args else None
+        if name in OUTSIDE and isinstance(first, Tensor) and first.requires_grad:
+            return func(first.detach(), *args[1:], **kwargs)
+        if name in STAIRS and isinstance(first, Tensor) and first.requires_grad:
+            with torch.no_grad():
                 value = func(*args, **kwargs)
-            if _begins(value) and value is not self.x:
-                self.searches.ends.append(value)
-            return value
+            return instead(value, first) if isinstance(value, Tensor) and value.shape == first.shape else value
+        if self.comparisons is not None:
+            return self.comparisons.call(name, func, args, kwargs)
+        return func(*args, **kwargs)
 
     def _attached(self, value: Any) -> Any:
         alike = (
@@ -72,9 +104,32 @@ class _Mended(TorchFunctionMode):
         return instead(value, self.x) if alike and not self.input.by(value) else value
 
 
+def _in_place(name: str) -> bool:
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _leaf(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and value.is_leaf
+
+
 def _begins(value: Any) -> bool:
     """Is it a point that the model wants gradients of?"""
-    return isinstance(value, Tensor) and value.requires_grad and value.is_leaf and not isinstance(value, nn.Parameter)
+    return _leaf(value) and not isinstance(value, nn.Parameter)
+
+
+def _meant_as_leaf(value: Any) -> bool:
+    """Is it a tensor that the model detached, and that has a graph only because that was passed straight through?"""
+    node = value.grad_fn if isinstance(value, Tensor) else None
+    passed = False
+    while node is not None and node.name() in ("CloneBackward0", STRAIGHT):
+        passed |= node.name() == STRAIGHT
+        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
+    return passed
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from value if isinstance(value, list | tuple) else (value,)
 
 
 class Straight(Guide):
@@ -92,7 +147,8 @@ class Straight(Guide):
         compare: also give comparisons (``x > 0.5``) the slope of a soft step, a fifth of the standard deviation of what is
             compared wide, wherever their truth values become numbers or choose between numbers: masks, thresholds, codes.
 
-    It cannot see into compiled code.
+    It cannot see into compiled code, nor that a parameter which the model makes during its answer is one (a search over an
+    ``nn.Parameter`` of its own may end elsewhere with ``attach``).
 
     >>> class Coarse(nn.Module):
     ...     def forward(self, x):

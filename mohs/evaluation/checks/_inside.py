@@ -53,7 +53,8 @@ def inner_search(probe: Probe) -> Seen:
             "The gradient of such a search is cut off, or vanishes or explodes on its way back through all of its steps. Attacks "
             "that follow it say little of the model, and each of their passes costs as many as the search takes.",
             "Attack what the search begins and ends with: mohs.gradients.Through with the identity as stand-in, or the model "
-            "without it as a guide; with a generator, search its latents: mohs.attacks.Latent. Evaluations try the first two.",
+            "without it as a guide; with a generator, search its latents: mohs.attacks.Latent. Where no gradient is left, evaluations "
+            "try the first by themselves.",
         )  # fmt: skip
     if looped:
         return Seen(

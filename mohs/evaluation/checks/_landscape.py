@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen, ok, untested
+from mohs.regions import Words
 
 SPARSE = 0.9
 """Share of a gradient's coordinates that may be exactly zero."""
@@ -43,6 +44,8 @@ def steadiness(probe: Probe) -> Seen:
     """Does small noise leave the answers' lead as it is? No pass of its own: noise of 2.5% of the inputs' range."""
     if probe.random:
         return untested("repeated passes already differ")
+    if isinstance(probe.threat.region, Words):
+        return untested("words are no numbers that noise could be added to")
     answers = probe.logits.argmax(1)
     before, after = _lead(probe.logits, answers), _lead(probe.noisy_logits, answers)
     moved = ((after - before).abs() / before.abs().clamp_min(1e-12)).clamp_max(1).nan_to_num(nan=1.0)
@@ -56,8 +59,8 @@ def steadiness(probe: Probe) -> Seen:
         return ok(saw)
     return Seen(
         "warn", saw,
-        "The answers jump about within a fraction of the radius, so that the gradient at a point tells little of its surroundings.",
-        "Average gradients over a ball (mohs.gradients.Smooth), or search without them: Square. Evaluations try these by themselves.",
+        "The answers jump about where the eye sees no change, so that the gradient at a point tells little of its surroundings.",
+        "Average gradients over a ball (mohs.gradients.Smooth), or search without them: Square.",
     )  # fmt: skip
 
 
@@ -86,7 +89,7 @@ def imbalance(probe: Probe) -> Seen:
         "info", saw,
         "An attack on the difference of both follows the steeper logit alone, and may never come to lower or to raise the other "
         "(imbalanced gradients).",
-        "Aim at each class in turn, or begin with one logit alone (the starts of ODI); the plan 'standard' does both.",
+        "Aim at each class in turn, as the plan 'standard' does, or begin with one logit alone (mohs.attacks.ODI).",
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def precision(probe: Probe) -> Seen:
     if not flips:
         return ok(saw)
     return Seen(
-        "warn" if flips > MOST * len(x) else "info", f"{saw} (threshold {MOST:.0%})",
+        "warn" if flips > max(MOST * len(x), 1) else "info", f"{saw} (threshold {MOST:.0%}, and more than one)",
         "Rounding decides these answers. Changes of an input too small to see do the same, and gradients of such numbers are "
         "mostly rounding error.",
         "Look for differences of large numbers, or half precision, and compute in float32 or float64. Evaluate the model in the "

@@ -26,6 +26,8 @@ def repeatable(review: Review) -> Seen:
     assert review.strongest is not None
     (index, attack), manner = review.strongest, review.manner
     rows = review.record.results(index)
+    if review.elsewhere:
+        return untested(f"of {type(attack).__name__}, {review.elsewhere}")
     passes = 2 * attack.steps * manner["restarts"] * max(manner["aims"], 1)
     count = min(review.afford(passes, least=4, most=ROWS), len(rows.example))
     if not count:

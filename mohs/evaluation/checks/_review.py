@@ -176,6 +176,13 @@ class Review:
         assert self.strongest is not None
         return self.run.settings_of(self.steps[self.strongest[0]][0])
 
+    @property
+    def elsewhere(self) -> str:
+        """Why the strongest attack cannot be run once more as it ran; '' where it can."""
+        assert self.strongest is not None
+        own = self.steps[self.strongest[0]][0].start == "own"
+        return "" if own else "it began where earlier attacks or other examples were"
+
     def longer(self, times: int = 2) -> Any:
         """The strongest attack with so many times the steps."""
         assert self.strongest is not None

@@ -37,11 +37,14 @@ def kept_promise(probe: Probe) -> Seen:
         able = able[:ROWS]
     if not bool(able.any()):
         return untested("every gradient is zero or not finite")
-    kept = promise_kept(probe)[able].nan_to_num_(nan=0.0)
+    kept = promise_kept(probe)[able]
+    kept = kept[~kept.isnan()]  # 0 of 0: the box leaves no such step
+    if not len(kept):
+        return untested("no step along the gradient stays in the box")
     low, middle, high = kept.quantile(kept.new_tensor([0.25, 0.5, 0.75])).tolist()
     saw = (
         f"a step of a quarter of the radius along the gradient gains {middle:.2g} times what the gradient promises "
-        f"(quartiles {low:.2g} and {high:.2g}; {int(able.sum())} inputs)"
+        f"(quartiles {low:.2g} and {high:.2g}; {len(kept)} inputs)"
     )
     if low >= LEAST and high <= MOST:
         return ok(saw)
