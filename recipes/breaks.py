@@ -30,50 +30,58 @@ generative defenses stand on 100 images at most; Defense-GAN takes 50 steps from
 
 Measured on 500 images with the plan 'standard' (percent; clean, naive, hand-made, declared, withheld):
 
-    no defense                   90.2    1.4    1.0    0.2    0.2
-    robust net                   85.0   72.0   72.2   69.8   69.8
-    bit-depth:3                  90.2   88.6    0.4    0.0    0.0
-    jpeg:75                      90.0   90.0    1.8    1.2    1.2
-    gaussian-blur                85.8    1.2    0.8    0.0    0.0
-    mean-blur                    86.2    1.4    1.4    0.0    0.0
-    median-blur                  87.4    1.0    2.0    0.6    0.6
-    total-variation              88.0   88.0    2.2    1.6    1.8
-    detach                       90.2   88.8    1.0    0.2    0.2
-    logit-rounding:1             90.0   89.0    0.8    0.2    0.2
-    logit-scale:100              90.2   82.2    2.2    0.2    0.2
-    double-softmax               90.2    1.4    2.4    0.4    0.4
-    k-winners                    85.0   12.2   11.4    8.0    8.0
-    bit-depth:3,jpeg:75          89.8   89.8    0.4    0.0    0.0
-    gradient-noise               90.2   45.2    1.0    0.2    0.2
-    gradient-truncation          90.2   88.8    1.0    0.2    0.2
-    robust net, jpeg:75          85.2   85.2   71.8   67.4   67.4
-    lid                          86.2   28.8   41.2    0.6    0.6
-    bit-depth:4, lid             86.6   85.4   36.8    0.0    0.0
-    majority-vote of 3           88.0   88.0   10.6    9.2    9.2
-    mean-logits of 3             89.8    9.4    9.4    7.6    7.6
-    mean-probabilities of 3      89.4   10.4   10.4    8.8    8.8
-    reject-disagreement of 3     78.2   32.8   38.4   18.6   18.6
-    random-resize-pad            81.4    5.6    3.0    1.8    1.8
-    noise-input:0.1              88.2    2.0    2.0    1.8    1.8
-    noise-input:0.1,bit-depth:3  88.0   87.2    2.0    1.8    1.8
-    thermometer:16               84.2   84.2    3.8    3.0    3.4
-    non-local-means              89.0   89.0   14.2    8.4    8.4
-    crop-ensemble:10             58.6   14.4   12.4   10.2   10.2
-    activation-pruning           88.6    2.6    1.6    1.8    1.8
-    defensive-perturbation       87.8   12.4   12.8    7.0    7.0
-    no defense, patch            90.2   62.8   15.2   12.2   12.2
-    local-gradients-smoothing    79.8   57.4    9.6    4.4    4.4
-      with :2.3:0.2:5:2          80.6   57.8   11.8    8.6    8.6
-    digital-watermarking         83.2   83.2    6.8    3.2    3.8
-    no defense, fixed patch      90.2   61.8   59.6   58.2   58.2
-    local-gradients-smoothing
-      :2.3:0.2:5:2, fixed patch  80.6   48.8   43.8   37.2   37.2
+    no defense                          90.2    1.4    1.0    0.2    0.2
+    robust net                          85.0   72.0   72.0   69.8   69.8
+    robust net, jpeg:75                 85.2   85.2   71.8   67.4   67.4
+    bit-depth:3                         90.2   87.4    0.4    0.0    0.0
+    jpeg:75                             90.0   90.0    1.8    1.2    1.2
+    gaussian-blur                       85.8    1.0    0.6    0.0    0.0
+    mean-blur                           86.2    1.4    1.2    0.0    0.0
+    median-blur                         87.4    1.2    1.2    0.6    0.6
+    total-variation                     88.0   88.0    2.2    1.6    1.8
+    non-local-means                     89.0   89.0    9.0    7.0    8.4
+    detach                              90.2   88.0    1.0    0.2    0.2
+    logit-rounding:1                    90.0   88.0    0.8    0.2    0.2
+    logit-scale:100                     90.2   82.0    2.2    0.2    0.2
+    double-softmax                      90.2    1.4    1.4    0.2    0.2
+    k-winners                           85.0   12.2   10.6    8.0    8.0
+    gradient-noise                      90.2   43.6    1.0    0.2    0.2
+    gradient-truncation                 90.2   88.0    1.0    0.2    0.2
+    bit-depth:3,jpeg:75                 89.8   89.8    0.4    0.0    0.0
+    activation-pruning                  88.6    2.8    1.6    1.8    1.8
+    thermometer:16                      84.2   84.2    3.8    3.0    3.4
+    defensive-perturbation              87.8   12.4   11.6    7.0    7.0
+    majority-vote of 3                  88.0   88.0   10.6    8.8    8.8
+    mean-logits of 3                    89.8    9.2    8.8    7.8    7.8
+    mean-probabilities of 3             89.6   10.8   10.4    9.2    9.2
+    lid                                 86.2   28.8    1.8    0.6    0.6
+    bit-depth:4, lid                    86.6   85.4    1.2    0.0    0.0
+    mahalanobis                         87.2   28.6    6.2    1.8    1.8
+    binary-detector                     86.6   86.6    3.6    2.2    2.2
+    trapdoor                            84.2   43.8    0.0    0.0    0.0
+    pca-whitening                       86.4   86.4    1.4    0.6    0.6
+    magnet                              87.2   58.4   15.0   13.0   13.0
+    feature-squeezing                   85.2   24.4   20.4    7.4   14.2
+    digital-watermarking, fixed patch   83.2   83.2   48.0   37.4   37.6
+    crop-ensemble:10                    58.6   14.4   12.4   10.2   10.2
+    reject-disagreement of 3 *          78.2   32.8   38.4   18.6   18.6
+    random-resize-pad *                 81.4    5.6    3.0    1.8    1.8
+    noise-input:0.1                     88.2    2.0    2.0    1.8    1.8
+    noise-input:0.1,bit-depth:3         88.0   87.2    2.0    1.8    1.8
+    no defense, patch                   90.2   62.8   15.2   12.2   12.2
+    local-gradients-smoothing           79.8   57.4    9.6    4.4    4.4
+      with :2.3:0.2:5:2                 80.6   57.8   11.8    8.6    8.6
+    digital-watermarking                83.2   83.2    6.8    3.2    3.8
+    no defense, fixed patch             90.2   61.8   59.6   58.2   58.2
+    local-gradients-smoothing:2.3:0.2:5:2,
+      fixed patch                       80.6   48.8   43.8   37.2   37.2
 
 A random defense is broken at an example, in every column, where the point that was found is confirmed on fresh draws
 (``mohs.evaluation.confirm``). Expected to fall to within 2 points of 0.2 (12.2 for patches, 58.2 in a fixed
-place), and MISSED: thermometer:16, defensive-perturbation, and non-local-means (measured before its stand-in had a gradient of
-its own). Not yet measured on as many images: the detectors but for lid, quilting, pixel-defend, defense-gan:50:2, and digital
-watermarking under a patch in a fixed place.
+place), and MISSED: non-local-means and thermometer:16 by a few images, defensive-perturbation (a larger plan finds no more),
+feature-squeezing (its non-local means hide the way) and magnet (the rebuilt image alone, without the detectors, keeps as much). A row
+with * was measured before 'hand-made' meant who survives both. One image fewer falls to the plan than by hand behind
+activation-pruning: each is confirmed on other draws. Not yet measured on as many images: quilting, pixel-defend, defense-gan:50:2.
 """
 
 from __future__ import annotations

@@ -91,13 +91,14 @@ def test_killed_again_and_again_ends_in_the_same_bytes(tmp_path: Path) -> None:
     assert len(curve(whole)) == 3
 
 
+ABORTED = "terminate called without an active exception"
 WORLD = """
 import sys
 import torch
 torch.set_num_threads(1)
 from mohs.attacks import FGSM, PGD
 from mohs.defenses.training import (
-    AWP, SGD, TRADES, VAT, Cascade, DeepContractive, Ensemble, FineTune, Free, GaussianAugmentation, GradAlign, Mixture, Saddle,
+    AWP, SGD, TRADES, VAT, Cascade, Ensemble, FineTune, Free, GaussianAugmentation, GradAlign, Mixture, Saddle,
     UnifiedEmbedding, train,
 )
 from training_problem import blobs, perturb, recipe
@@ -118,7 +119,7 @@ train(plan, perturb=perturb, out=sys.argv[1], data=blobs(), device="cpu")
     [
         "Saddle(PGD(steps=2))", "Free(2)", "AWP(TRADES(steps=2), 0.1)", "GradAlign(Saddle(PGD(steps=1)))",
         "FineTune(PGD(steps=2), 2.0)", "Cascade(Ensemble(UnifiedEmbedding(FGSM()), other), PGD(steps=2), other)",
-        "VAT(iterations=2)", "DeepContractive(0.1)", "GaussianAugmentation(0.1, copies=2)",
+        "VAT(iterations=2)", "GaussianAugmentation(0.1, copies=2)",
     ],
 )  # fmt: skip
 def test_two_processes_train_as_one(tmp_path: Path, objective: str) -> None:
@@ -128,6 +129,10 @@ def test_two_processes_train_as_one(tmp_path: Path, objective: str) -> None:
     for name, launcher in (("one", []), ("two", torchrun)):
         command = [sys.executable, *launcher, str(script), str(tmp_path / name), objective]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        if (
+            done.returncode and ABORTED in done.stderr
+        ):  # gloo, now and then, as a process ends that has done all its work
+            done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
     for key in one:
