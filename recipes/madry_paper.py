@@ -73,7 +73,7 @@ def landscapes(paper: Paper, size: Settings, nets: dict[str, nn.Module], test: D
     for line, (name, net) in zip(axes, ((k, nets[k]) for k in ("natural", "PGD")), strict=True):
         loss = traces(net, x, y, size.threat, 40, 20)
         ends[name] = loss[:, :, -1]
-        for i, axis in enumerate(line):
+        for i, axis in enumerate(line[: len(x)]):
             axis.plot(loss[i].T.cpu(), linewidth=0.8, alpha=0.7)
             axis.set(
                 title=f"{name}, image {i + 1}",
@@ -86,7 +86,7 @@ def landscapes(paper: Paper, size: Settings, nets: dict[str, nn.Module], test: D
     for name in ("natural", "PGD"):
         maxima = traces(nets[name], x, y, size.threat, 40, size.starts, seed=1)[:, :, -1].cpu()
         spread[name] = (maxima.std(1) / maxima.mean(1)).tolist()
-        for i, axis in enumerate(axes):
+        for i, axis in enumerate(axes[: len(x)]):
             axis.hist(maxima[i].numpy(), bins=40, density=True, alpha=0.7, label=name)
             axis.set(title=f"image {i + 1}", xlabel="loss at the end", yticks=[])
     axes[0].legend()

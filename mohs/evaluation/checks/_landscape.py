@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen, ok, untested
+from mohs.problem import Goal
 from mohs.regions import Words
 
 SPARSE = 0.9
@@ -47,7 +47,8 @@ def steadiness(probe: Probe) -> Seen:
     if isinstance(probe.threat.region, Words):
         return untested("words are no numbers that noise could be added to")
     answers = probe.logits.argmax(1)
-    before, after = _lead(probe.logits, answers), _lead(probe.noisy_logits, answers)
+    own = Goal.leave(answers)
+    before, after = (-own.margin(logits).double() for logits in (probe.logits, probe.noisy_logits))
     moved = ((after - before).abs() / before.abs().clamp_min(1e-12)).clamp_max(1).nan_to_num(nan=1.0)
     middle, most = float(moved.median()), float(moved.quantile(0.75))
     flips = int((probe.noisy_logits.argmax(1) != answers).sum())
@@ -91,10 +92,3 @@ def imbalance(probe: Probe) -> Seen:
         "(imbalanced gradients).",
         "Aim at each class in turn, as the plan 'standard' does, or begin with one logit alone (mohs.attacks.ODI).",
     )  # fmt: skip
-
-
-def _lead(logits: Tensor, answers: Tensor) -> Tensor:
-    """Each answer's logit minus the highest other one, [n]."""
-    own = logits.gather(1, answers[:, None])
-    others = logits.scatter(1, answers[:, None], float("-inf")).amax(1)
-    return (own.squeeze(1) - others).double()
