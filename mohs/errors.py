@@ -6,6 +6,7 @@ About a batch it names the rows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 
@@ -67,6 +68,10 @@ def rows_text(rows: Iterable[int], most: int = 8) -> str:
     if len(listed) <= most:
         return "rows " + ", ".join(map(str, listed[:-1])) + f" and {listed[-1]}"
     return "rows " + ", ".join(map(str, listed[:most])) + f" and {len(listed) - most} more"
+
+
+FAILURES = (MohsError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, copy.Error)
+"""What is raised where a model cannot be taken apart, copied, or called in another way than usual."""
 
 
 def gist(error: BaseException) -> str:

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _detectors import DETECTORS, THREAT
 from _figures import pyplot, save
-from breaks import LEARNT, THREAT, Classes
+from breaks import Classes, natural
 from torch import Tensor, nn
 
 import mohs
@@ -35,7 +36,6 @@ from mohs.evaluation import ROC
 from mohs.objectives import plain_cross_entropy
 from mohs.records.stats import clopper_pearson
 
-DETECTORS = ("lid", "mahalanobis", "binary-detector", "pca-whitening", "trapdoor", "magnet", "feature-squeezing")
 RATES = (0.01, 0.05)
 
 
@@ -143,7 +143,7 @@ def main() -> None:
     columns = COLUMNS | ({given.plan: lambda row: said(row[given.plan])} if given.plan else {})
     print("| detector | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
     for name in given.only or DETECTORS:
-        rows[name] = measure(LEARNT[name](), data, given.plan)
+        rows[name] = measure(DETECTORS[name](natural()), data, given.plan)
         print(f"| {name} | " + " | ".join(column(rows[name]) for column in columns.values()) + " |", flush=True)
         if given.out:
             given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

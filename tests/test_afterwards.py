@@ -148,7 +148,7 @@ def test_a_trap_is_sprung_by_the_ladder(healthy: Record, mended: Record) -> None
     assert any(t.chosen and t.name != "gradients as they are" for t in mended.header.tactics)
     added = mended.header.plan.steps[1:]
     assert len(added) == len(mended.header.attacks) - 1 >= 4
-    assert all("added after the plan because of" in s.note for s in added)
+    assert all("added after the plan because of" in s.note or "what the check" in s.note for s in added)
     assert "gradients of the model without layer 0" in "".join(s.config for s in added) or not mended.survived.any()
     assert mohs.evaluation.replay(mended, trapped()[0]).holds
 
@@ -157,6 +157,32 @@ def test_the_report_names_what_was_added(mended: Record, tmp_path: Path) -> None
     page = mohs.reports.render(mended, tmp_path / "page.html").read_text()
     assert mended.header.attacks[-1].name.split(",")[0] in page
     assert "iterations beat one step" in page
+
+
+def test_whom_a_check_breaks_is_broken(mended: Record) -> None:
+    """Its points are in the record like those of any attack, counted once, and fool the model again."""
+    kept = [i for i, s in enumerate(mended.header.plan.steps) if "what the check" in s.note]
+    assert kept
+    before: set[int] = set()
+    for index, attack in zip(mended.attacks, mended.header.attacks, strict=True):
+        rows = mended.results(index)
+        if index in kept:
+            assert attack.name.endswith(", within a check")
+            assert rows.success.all()
+            assert not before & set(rows.example.tolist())
+            assert not mended.survived[rows.example].any()
+            assert attack.given == attack.broke == len(rows.example)
+            assert attack.alone_n == int(mended.examples.control[rows.example].sum())
+        before |= set(rows.example[rows.success].tolist())
+    (said_of,) = [f.saw for f in mended.header.checks if f.id == "kept"]
+    counts = [int(word) for word in said_of.split() if word.isdigit()]
+    assert sum(counts) == sum(len(mended.results(i).example) for i in kept)
+
+
+def test_an_evaluation_that_does_not_adapt_keeps_to_its_plan(fooled: Record) -> None:
+    assert "a single step" in said(fooled, "one-step")
+    assert len(fooled.header.plan.steps) == 1
+    assert "kept" not in found(fooled)
 
 
 def test_too_few_steps_are_found_and_given(healthy: Record) -> None:
@@ -217,12 +243,12 @@ def test_only_what_answers_a_check_calms_it(monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setattr(_afterwards._Ladder, "sound", lambda self, id_: ran.append(id_) or id_)
     monkeypatch.setattr(
-        _afterwards, "Review", lambda run, upto, thorough=False: SimpleNamespace(thorough=thorough, closed="")
+        _afterwards, "Review", lambda run, upto, thorough=False: SimpleNamespace(thorough=thorough, closed="", finds=[])
     )
     monkeypatch.setattr(_afterwards, "_finding", lambda id_, name, seen, done: (id_, seen))
     plan = SimpleNamespace(steps=[])
     run = SimpleNamespace(
-        planned=0, steps=[], notify=lambda *a: None, settings=SimpleNamespace(adaptive="declared"),
+        planned=0, steps=[], kept=set(), notify=lambda *a: None, settings=SimpleNamespace(adaptive="declared"),
         choice=tactics.Choice(tactics.PLAIN),
         run=SimpleNamespace(header=SimpleNamespace(plan=SimpleNamespace(steps=[], model_copy=lambda update: plan))),
     )  # fmt: skip
@@ -265,7 +291,8 @@ def test_what_follows_the_plan_draws_other_starts_than_the_plan(monkeypatch: pyt
     monkeypatch.setattr(Evaluation, "job", job)
     x, y, plan = ripples()
     record = mohs.evaluate(Ripples().eval(), (x, y), "linf:0.1", plan=plan, control=12)
-    assert len(seeds) == len(record.header.plan.steps) > 1
+    ran = [s for s in record.header.plan.steps if "what the check" not in s.note]
+    assert len(seeds) == len(ran) > 1
     assert len(checked) > 1, "the checks try other starts too"
     assert seeds & checked == {0}, "where a check looks at what the plan's attack does"
     assert not (seeds | checked) & set(range(1, 1000)), "a user may take these for a run of its own"
@@ -293,7 +320,7 @@ def test_a_check_confirms_on_draws_of_its_own_and_averages_as_the_plan_does(monk
     monkeypatch.setattr(_review, "Job", Looked)
     x = torch.full((8, 1, 2, 2), 0.49)
     review = object.__new__(Review)
-    review.threat, review.upto, review.passes = Threat(mohs.Linf(0.1), draws=20), 3, 0
+    review.threat, review.upto, review.passes, review.finds = Threat(mohs.Linf(0.1), draws=20), 3, 0, []
     review.run = SimpleNamespace(
         guide=None, average=lambda index: 10 * index, settings=SimpleNamespace(reject=None), model=Noisy().eval(), x=x,
         y=torch.zeros(8, dtype=torch.int64), threat=review.threat, seed=0, batch=8,
@@ -390,7 +417,8 @@ def test_what_follows_the_plan_runs_on_the_control_subset_too_where_a_second_loo
     control = set(np.flatnonzero(mended.correct & mended.examples.control).tolist())
     assert len(mended.header.attacks) > 4
     for index in mended.attacks:
-        assert control <= set(mended.results(index).example.tolist())
+        if "what the check" not in mended.header.plan.steps[index].note:
+            assert control <= set(mended.results(index).example.tolist())
     # on survivors alone, no attack without gradients broke what those with gradients left: the look would always be calm
     assert f"of {len(control)} examples" in said(mended, "masking").split("Afterwards: ")[1]
 
@@ -401,7 +429,7 @@ def test_a_run_that_is_killed_on_the_ladder_ends_as_one_that_was_not(mended: Rec
 
     def stop(stage: str, done: int, total: int, broken: int) -> None:
         seen.append(stage)
-        if stage.startswith("3/3") and done == 0:
+        if stage.startswith("8/8") and done == 0:
             raise KeyboardInterrupt
 
     run: dict[str, Any] = {"plan": short(), "claim": "accuracy >= 0.5", "control": 12, "out": tmp_path / "run"}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
+from typing import Any
 
 from torch import Tensor
 
@@ -41,6 +42,12 @@ class Outcome:
     batch: int
     error: Tensor
     trace: Tensor | None = None
+
+    def of(self, rows: Tensor) -> Outcome:
+        """The outcome of some of the examples: a mask [N] or positions."""
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts |= {name: part[rows] for name, part in parts.items() if isinstance(part, Tensor)}
+        return Outcome(**parts)
 
     def __repr__(self) -> str:
         found = int(self.success.sum())

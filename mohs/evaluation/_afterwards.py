@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from mohs import records
 from mohs.attacks import APGD, FGSM, PGD, SPGD, HotFlip, LaVAN
 from mohs.attacks.run import refused_norm
-from mohs.errors import RecordError, gist
+from mohs.errors import FAILURES, RecordError, gist
 from mohs.evaluation import tactics
 from mohs.evaluation._header import aims
-from mohs.evaluation._inner import FAILURES
 from mohs.evaluation._random_points import RandomPoints
 from mohs.evaluation._student import student
 from mohs.evaluation.checks import AFTERWARDS, CLIMBS, CURVE, Finding
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 SECOND = "other gradients on the survivors"
 """What an attack is called in the findings that takes the gradients left over for them."""
+KEPT = "what the checks broke"
+"""What it is called in the findings where checks broke survivors."""
 SHARE = 0.125
 """Share of the survivors that a further attack takes first; it goes on while it breaks some (``_order.WORTH``)."""
 DOUBLINGS = 2
@@ -54,47 +56,61 @@ def review(run: Evaluation) -> list[Finding]:
 
     All of it is a function of the plan's rows and of seeds, so that a killed run that is resumed decides the same.
     """
-    planned = run.planned
     run.notify("checks after the plan", 0, 1, 0)
-    looked = Review(run, planned)
+    looked = Review(run, run.planned)
     seen: dict[str, Seen] = {}
     looked.seen = seen
-    for id_, (_, function) in AFTERWARDS.items():
-        seen[id_] = _looked(function, looked)
+    ladder = None if run.settings.adaptive == "off" or looked.closed else _Ladder(run, looked)
+
+    def look(id_: str, at: Review) -> Seen:
+        saw = _looked(AFTERWARDS[id_][1], at)
+        if ladder is not None:
+            ladder.keep(id_, at)
+        return saw
+
+    def again(id_: str) -> None:
+        if ladder is not None and ladder.climbed and seen[id_].severity in ("warn", "block"):
+            seen[id_] = _second(id_, seen[id_], look(id_, _so_far(run, seen)))
+
+    for id_ in AFTERWARDS:
+        seen[id_] = look(id_, looked)
     done: dict[str, list[str]] = {}
     others = ""
-    if run.settings.adaptive != "off" and not looked.closed:
-        ladder = _Ladder(run, looked)
+    if ladder is not None:
         others = ladder.second(run.choice)
         for id_ in NOT_ENOUGH:
             for times in range(1, DOUBLINGS + 1):
                 if seen[id_].severity != "warn":
                     break
                 done.setdefault(id_, []).append(ladder.more(id_, times))
-                _again(run, id_, seen, planned)
+                again(id_)
         if seen["step-size"].severity == "warn":
             done["step-size"] = [ladder.sound("step-size")]
-            _again(run, "step-size", seen, planned)
+            again("step-size")
         for id_ in SUSPICIONS:  # what only lacked steps is no suspicion
-            _again(run, id_, seen, planned)
+            again(id_)
         loud = [id_ for id_ in SUSPICIONS if seen[id_].severity in ("warn", "block")]
         if loud:
             done[loud[0]] = ladder.suspicion(loud)
             done.update({id_: [f"Done: see '{AFTERWARDS[loud[0]][0]}'."] for id_ in loud[1:]})
             for id_ in loud:
-                again = _looked(AFTERWARDS[id_][1], _so_far(run, seen))
-                untested = again.saw.startswith("not tested")
+                later = look(id_, _so_far(run, seen))
+                untested = later.saw.startswith("not tested")
                 calmer = (
                     "warn"
-                    if seen[id_].severity == "block" and again.severity != "block" and not untested
+                    if seen[id_].severity == "block" and later.severity != "block" and not untested
                     else seen[id_].severity
                 )
-                seen[id_] = replace(seen[id_], severity=calmer, saw=f"{_first(seen[id_])}. Afterwards: {again.saw}")
+                seen[id_] = replace(seen[id_], severity=calmer, saw=f"{_first(seen[id_])}. Afterwards: {later.saw}")
         for id_ in NOT_ENOUGH if loud else ():
-            _again(run, id_, seen, planned)
+            again(id_)
     run.notify("checks after the plan", 1, 1, 0)
     found = [_finding(id_, AFTERWARDS[id_][0], seen[id_], done.get(id_, [])) for id_ in AFTERWARDS]
-    return [*found, _finding("second-gradients", SECOND, Seen("info", others), [])] if others else found
+    if others:
+        found.append(_finding("second-gradients", SECOND, Seen("info", others), []))
+    if ladder is not None and ladder.kept:
+        found.append(_finding("kept", KEPT, Seen("info", ladder.told()), []))
+    return found
 
 
 def of_curves(record: records.Record) -> list[Finding]:
@@ -114,21 +130,16 @@ def _looked(function: Callable[[Review], Seen], looked: Review) -> Seen:
         return Seen("info", f"not tested: {gist(error)}")
 
 
-def _again(run: Evaluation, id_: str, seen: dict[str, Seen], planned: int) -> None:
-    """A loud check looks again once that was run which answers it. This look has ten times the passes: where the first one
-    was loud on a few, that a second one is calm on a few others would be no news."""
-    before = seen[id_]
-    if len(run.steps) == planned or before.severity not in ("warn", "block"):
-        return
-    after = _looked(AFTERWARDS[id_][1], _so_far(run, seen))
+def _second(id_: str, before: Seen, after: Seen) -> Seen:
+    """What a loud check says once that was run which answers it, and it has looked again. This look has ten times the passes: where
+    the first one was loud on a few, that a second one is calm on a few others would be no news."""
     saw = f"{_first(before)}. Afterwards: {after.saw}"
     if after.saw.startswith("not tested"):
-        seen[id_] = replace(before, saw=saw)
-    elif after.severity in ("warn", "block"):
-        seen[id_] = replace(after, saw=saw)
-    else:
-        calm = "The plan's attacks fell short; with the further ones that were run, this is no longer seen."
-        seen[id_] = Seen("info", saw, ANSWERED.get(id_, calm))
+        return replace(before, saw=saw)
+    if after.severity in ("warn", "block"):
+        return replace(after, saw=saw)
+    calm = "The plan's attacks fell short; with the further ones that were run, this is no longer seen."
+    return Seen("info", saw, ANSWERED.get(id_, calm))
 
 
 def _so_far(run: Evaluation, seen: dict[str, Seen]) -> Review:
@@ -154,6 +165,49 @@ class _Ladder:
         self.run, self.looked = run, looked
         self.base = run.run.header.plan.model_copy(update={"steps": run.run.header.plan.steps[: len(run.steps)]})
         self.added: list[records.Step] = []
+        self.kept: dict[str, int] = {}
+
+    @property
+    def climbed(self) -> bool:
+        """Has a further attack run?"""
+        return len(self.run.steps) > self.run.planned + len(self.run.kept)
+
+    def keep(self, id_: str, looked: Review) -> None:
+        """Whom a check broke on its way is broken: written down as a step of its own, so that the record shows the points."""
+        run = self.run
+        while looked.finds:
+            attack, rows, found = looked.finds.pop(0)
+            alive = torch.from_numpy(Review(run, len(run.steps)).alive).to(rows.device)
+            new = found.success & alive[rows]
+            if not bool(new.any()):
+                continue
+            index = self._add(_step(attack, 1, 1.0, f"what the check '{AFTERWARDS[id_][0]}' broke"), attack)
+            run.kept.add(index)
+            answered = torch.from_numpy(run.run.ledger.answered(index)).to(rows)
+            new &= ~torch.isin(rows, answered)  # by an earlier sitting
+            if bool(new.any()):
+                run.write(index, rows[new], found.of(new), alive.cpu().numpy())
+            broke = run.run.record().results(index)
+            self.kept[id_] = self.kept.get(id_, 0) + int(broke.success.sum())
+
+    def told(self) -> str:
+        """Whom the checks broke."""
+        parts = [f"{count} by '{AFTERWARDS[id_][0]}'" for id_, count in self.kept.items()]
+        return f"of the survivors of the attacks, the looks of the checks broke {', '.join(parts)}; the record has their points"
+
+    def _add(self, step: PlanStep, attack: Any, note: str = "", like: PlanStep | None = None) -> int:
+        """One more step in plan and record; its place."""
+        if like is not None:
+            step = replace(step, aims=like.aims, rank=like.rank, start=like.start)
+        self.run.steps.append((step, attack))
+        self.added.append(
+            records.Step(
+                name=step.name, config=repr(attack) + note, restarts=step.restarts, targets=aims(step, self.run.classes) or None,
+                rank=step.rank, start=step.start, share=step.share, note=step.note,
+            )
+        )  # fmt: skip
+        self.run.run.update(plan=self.base.model_copy(update={"steps": [*self.base.steps, *self.added]}))
+        return len(self.run.steps) - 1
 
     def more(self, what: str, times: int) -> str:
         """More steps, or more restarts, of the strongest attack."""
@@ -247,25 +301,17 @@ class _Ladder:
         run, before = self.run, self._left()
         if not before:
             return ""
-        step = _step(attack, restarts, share, f"added after the plan because of: {reason}")
-        if like is not None:
-            step = replace(step, aims=like.aims, rank=like.rank, start=like.start)
-        run.steps.append((step, attack))
-        self.added.append(
-            records.Step(
-                name=step.name, config=repr(attack) + note, restarts=restarts, targets=aims(step, run.classes) or None,
-                rank=step.rank, start=step.start, share=share, note=step.note,
-            )
-        )  # fmt: skip
-        run.run.update(plan=self.base.model_copy(update={"steps": [*self.base.steps, *self.added]}))
-        kept = run.choice, run.guide
+        index = self._add(
+            _step(attack, restarts, share, f"added after the plan because of: {reason}"), attack, note, like
+        )
+        step, kept = run.steps[index][0], (run.choice, run.guide)
         if tactic is not None:
             run.choice, run.guide = tactics.Choice(tactic), tactic.guide(run.model)
         elif guide is not None:
             run.guide = guide
         stopped = ""
         try:
-            run.attack(len(run.steps) - 1, step, attack, run.seen)
+            run.attack(index, step, attack, run.seen)
         except RecordError:
             raise
         except FAILURES as error:  # what the plan found stands without it

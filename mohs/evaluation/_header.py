@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,8 +137,10 @@ def aims(step: PlanStep, classes: int) -> int:
     return min(step.aims, max(classes - 1, 0))
 
 
-def attacks(record: records.Record, steps: Steps, seconds: dict[int, float]) -> list[records.AttackSummary]:
-    """Each attack that has rows: what it got, what it broke, what it cost, and how it does alone."""
+def attacks(
+    record: records.Record, steps: Steps, seconds: dict[int, float], kept: Collection[int] = ()
+) -> list[records.AttackSummary]:
+    """Each attack that has rows: what it got, what it broke, what it cost, and how it does alone; ``kept``: those of checks."""
     summaries, alive = [], record.correct.copy()
     control = record.examples.control & record.correct
     for index, (step, attack) in enumerate(steps):
@@ -154,9 +156,10 @@ def attacks(record: records.Record, steps: Steps, seconds: dict[int, float]) -> 
         alive &= ~broke
         summaries.append(
             records.AttackSummary(
-                index=index, name=step.label, config=repr(attack), access=attack.needs.name, given=given, broke=newly,
+                index=index, name=step.label + ", within a check" * (index in kept), config=repr(attack), access=attack.needs.name,
+                given=given, broke=newly,
                 accuracy_after=float(alive.mean()), alone_broke=int((control & broke).sum()),
-                alone_n=int(control.sum()), forwards=int(rows.forwards.sum()), backwards=int(rows.backwards.sum()),
+                alone_n=int((control & ran).sum()), forwards=int(rows.forwards.sum()), backwards=int(rows.backwards.sum()),
                 queries=int(rows.queries.sum()), seconds=seconds.get(index, 0.0),
             )
         )  # fmt: skip

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mohs.defenses import Defended
-from mohs.errors import MohsError
+from mohs.errors import FAILURES
 from mohs.evaluation import _layers
 from mohs.target import classify
 
-FAILURES = (MohsError, RuntimeError, TypeError, ValueError, AttributeError, IndexError)
 WORTH = 0.5
 """Of the model's right answers on the sample, the share that the rest must keep: what is left after more is lost is no classifier."""
 

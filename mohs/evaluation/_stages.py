@@ -87,6 +87,8 @@ class Evaluation:
         """The examples that have been through the plan."""
         self.steps = [(s, built) for s in plan.steps if (built := s.build_for(threat, self.rejects)) is not None]
         self.planned = len(self.steps)
+        self.kept: set[int] = set()
+        """Steps that no attack ran: what a check broke on its way."""
 
     @property
     def rejects(self) -> bool:
@@ -159,7 +161,7 @@ class Evaluation:
         run.finish(
             limits=list(dict.fromkeys([*self._skipped(), *run.header.limits, *self._notes(record, findings)])),
             checks=findings,
-            attacks=_header.attacks(record, self.steps, run.ledger.seconds()),
+            attacks=_header.attacks(record, self.steps, run.ledger.seconds(), self.kept),
             certificates=_header.certificates(record), verdict=self._verdict(record, findings),
         )  # fmt: skip
 
@@ -291,7 +293,7 @@ class Evaluation:
         job, todo = self.bookmark.begin(stage, todo, make, torch.from_numpy(portion).to(todo))
         for final in self.bookmark.through(job, stage, todo):
             final = final[~torch.isin(todo[final], answered)]
-            self._write(index, todo[final], job.outcome(final), alive)
+            self.write(index, todo[final], job.outcome(final), alive)
             now = time.perf_counter()
             self.run.ledger.add_seconds(index, now - began)
             began, done, broken = now, done + len(final), broken + int(job.success[final].sum())
@@ -319,7 +321,7 @@ class Evaluation:
             points[[position[i] for i in ids.tolist()]] = torch.from_numpy(nearest).to(points)
         return points
 
-    def _write(self, index: int, ids: Tensor, found: Outcome, alive: np.ndarray) -> None:
+    def write(self, index: int, ids: Tensor, found: Outcome, alive: np.ndarray) -> None:
         """Record the examples whose answer has just become final, in one transaction."""
         won, draws = _scoring.stands(self, index, found, ids)
         label, _, confidence = self._answers(found.x[won], self.y[ids[won]])

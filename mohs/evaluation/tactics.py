@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from mohs import defenses, records
 from mohs.attacks import APGD, SPGD, Attack, HotFlip, LaVAN, attack
-from mohs.errors import MohsError, gist
+from mohs.errors import FAILURES, gist
 from mohs.evaluation import _layers
 from mohs.evaluation._draws import draws_needed
 from mohs.evaluation._fits import fitted
 from mohs.evaluation.checks._probe import Probe
 from mohs.gradients import BeforeSoftmax, FiniteDifference, Past, Smooth, Straight, Through
 from mohs.regions import L0, L1, Linf, Patch, Words
+from mohs.target import classify
 from mohs.threat import Threat
 
 ROWS = 32
@@ -33,10 +34,12 @@ DRAWS = 20
 """Fresh evaluations that score a random model where the threat does not say."""
 ENOUGH = 0.9
 """Share of the examples at which nothing better is looked for."""
-FAILURES = (MohsError, RuntimeError, TypeError, ValueError, AttributeError)
-"""Not every model can be taken apart, copied, or called as a guide does."""
 CLEARLY = 2
 """By how many more broken examples a tactic must win over the gradients as they are."""
+AFTER = 16
+"""Of the examples that the best tactic leaves, so many judge whether a dearer one is worth its price."""
+ALIKE = 1e-3
+"""Tactics whose gradients differ by no more than this share of their length, at every example, are one."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def choose(
     average = draws_needed(probe, None if said is None else said.guide)[0] if probe.random else None
 
     def tried(tactic: Tactic, after: Trial | None = None, steps: int = STEPS) -> Trial:
-        rows = range(len(x)) if after is None else after.left
+        rows = range(len(x)) if after is None else after.left[:AFTER]
         at = torch.tensor(rows, dtype=torch.int64, device=x.device)
         found = trial(tactic, probe.model, x[at], y[at], threat, seed, batch, probe.reject, steps)
         found = replace(
@@ -136,10 +139,12 @@ def choose(
         return found
 
     trials: list[Trial] = []
+    known = _Known(probe.model, x, batch, exact=average is None)
+    known.adds(PLAIN)
     tried(PLAIN if average is None else Tactic("gradients as they are", None, 1))
     try:
         for tactic in _candidates(probe, suspect, said, average):  # one by one: what is not needed is not made
-            if tried(tactic).broken >= ENOUGH * len(x):
+            if known.adds(tactic) and tried(tactic).broken >= ENOUGH * len(x):
                 break
     except FAILURES as error:
         trials.append(Trial(Tactic("layer by layer"), 0, len(x), -math.inf, 0, gist(error), tuple(range(len(x)))))
@@ -170,11 +175,50 @@ def _dearer(tactic: Tactic, best: Trial, tried: Callable[..., Trial]) -> tuple[T
     dear = tried(tactic, best)
     if dear.broken < CLEARLY:
         return best, None
+    of_all = dear.broken * len(best.left) / dear.n
     steps = max(round(STEPS * dear.each / max(best.each, 1)), STEPS)
     longer = tried(replace(best.tactic, name=f"{best.tactic.name}, {steps} steps"), best, steps).broken
-    if dear.broken > best.broken and dear.broken >= longer + CLEARLY:
+    if of_all > best.broken and dear.broken >= longer + CLEARLY:
         return dear, best.tactic if best.broken else None
     return best, None if longer >= dear.broken + CLEARLY else tactic
+
+
+class _Known:
+    """The gradients of the tactics so far, each at the same examples; ``exact``: those of a model that is not random, of which equal
+    ones need no second trial.
+
+    One forward and one backward per example and tactic, where a trial takes about thirty.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, batch: int, exact: bool) -> None:
+        self.model, self.x, self.batch, self.exact = model, x, batch, exact
+        self.slopes: list[Tensor] = []
+
+    def adds(self, tactic: Tactic) -> bool:
+        """Are these gradients other ones than those before? Where they cannot be had like this, the trial will tell."""
+        if not self.exact:
+            return True
+        try:
+            slope = torch.cat(
+                [self._slope(tactic.guide(self.model) or self.model, part) for part in self.x.split(self.batch)]
+            )
+        except FAILURES:
+            return True
+        new = not any(self._alike(slope, other) for other in self.slopes)
+        self.slopes.append(slope)
+        return new
+
+    @staticmethod
+    def _slope(guide: nn.Module, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.clone().requires_grad_(True)
+            logits = classify(guide, x)
+            weights = torch.linspace(1, -1, logits.shape[1], dtype=logits.dtype, device=x.device)
+            return torch.autograd.grad((logits * weights).sum(), x)[0].flatten(1)
+
+    @staticmethod
+    def _alike(a: Tensor, b: Tensor) -> bool:
+        return bool(((a - b).norm(dim=1) <= ALIKE * torch.minimum(a.norm(dim=1), b.norm(dim=1))).all())
 
 
 def _passed_over(trials: Sequence[Trial], best: Trial) -> Tactic | None:

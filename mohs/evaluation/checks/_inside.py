@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mohs.errors import FAILURES
 from mohs.evaluation._quiet import untouched
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen, ok, untested
-from mohs.evaluation.checks._where import FAILURES
 
 SEARCHES = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 """What a model calls that descends along a gradient while it answers."""

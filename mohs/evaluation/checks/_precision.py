@@ -6,9 +6,9 @@ import copy
 
 import torch
 
+from mohs.errors import FAILURES
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen, ok, untested
-from mohs.evaluation.checks._where import FAILURES
 from mohs.models import BlackBox
 
 MOST = 0.01

@@ -70,16 +70,20 @@ class Review:
         run: the evaluation, with its open record.
         upto: only rows of attacks before this one count, so that a resumed run sees what an uninterrupted one saw.
 
-    ``passes``: forwards and backwards of the attacks that were tried so far. ``seen``: what the checks before this one saw, by id.
+    ``attacks`` are those that ran, ``past`` those and what earlier looks broke. ``passes``: forwards and backwards of the attacks that
+    were tried so far; ``finds``: these, their rows and what came out, where they broke the model itself within the threat. ``seen``:
+    what the checks before this one saw, by id.
     """
 
     def __init__(self, run: Evaluation, upto: int, thorough: bool = False) -> None:
         self.run, self.upto, self.threat = run, upto, run.threat
         self.thorough = thorough
         self.record = run.run.record()
-        self.attacks = [a for a in self.record.attacks if a < upto]
+        self.past = [a for a in self.record.attacks if a < upto]
+        self.attacks = [a for a in self.past if a not in run.kept]
         self.steps = run.steps[:upto]
         self.passes = 0
+        self.finds: list[tuple[Any, Tensor, Outcome]] = []
         self.seen: Mapping[str, Seen] = {}
 
     # ---- rows -------------------------------------------------------------------------------------------
@@ -95,7 +99,7 @@ class Review:
     @cached_property
     def alive(self) -> NDArray[np.bool_]:
         """Examples that are right and unbroken, [N]."""
-        return self.record.correct & ~self.won(self.attacks)
+        return self.record.correct & ~self.won(self.past)
 
     @cached_property
     def control(self) -> NDArray[np.int64]:
@@ -111,7 +115,7 @@ class Review:
     def best(self) -> NDArray[np.float64]:
         """The highest margin that was reached at each example, [N]; above 0 is broken."""
         best = -self.record.examples.clean_margin
-        for index in self.attacks:
+        for index in self.past:
             rows = self.record.results(index)
             best[rows.example] = np.fmax(best[rows.example], rows.margin)
         return np.nan_to_num(best, nan=-np.inf)
@@ -158,14 +162,15 @@ class Review:
 
     @cached_property
     def strongest(self) -> tuple[int, Any] | None:
-        """Of the attacks at a fixed radius, those with gradients first: the one that broke most of the control subset (the
-        later one of equals), and its place in the plan; None: there is none whose steps can be set."""
+        """Of the attacks at a fixed radius, those with gradients first: the one that broke most of the control subset (of
+        equals, of fewer aims, then the later one), and its place in the plan; None: there is none whose steps can be set."""
         able = [a for a in self.attacks if self.steps[a][1].finite and _has_steps(self.steps[a][1])]
         if not able:
             return None
 
-        def power(a: int) -> tuple[bool, int, int]:
-            return a in self.sighted, int(self.won([a])[self.control].sum()), a
+        def power(a: int) -> tuple[bool, int, int, int]:
+            aims = self.run.settings_of(self.steps[a][0])["aims"]  # each aim is a price of its own
+            return a in self.sighted, int(self.won([a])[self.control].sum()), -max(aims, 1), a
 
         index = max(able, key=power)
         return index, self.steps[index][1]
@@ -230,6 +235,8 @@ class Review:
                 ids=rows[won],
             )
             found = replace(found, success=found.success.index_put((won,), stand))
+        if model is run.model and "eps" not in settings and bool(found.success.any()):
+            self.finds.append((attack, rows, found))
         return found
 
     def _seed(self, other: int) -> int:

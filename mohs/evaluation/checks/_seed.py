@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mohs.errors import FAILURES
 from mohs.evaluation._quiet import untouched
 from mohs.evaluation.checks._probe import Probe
 from mohs.evaluation.checks._seen import Seen, ok, untested
-from mohs.evaluation.checks._where import FAILURES
 
 ROWS = 4
 """Inputs that are looked at."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs import streams
-from mohs.errors import MohsError
+from mohs.errors import FAILURES
 from mohs.evaluation import _layers
 from mohs.evaluation.checks._probe import Probe
 from mohs.target import classify
@@ -21,8 +20,6 @@ ROWS = 4
 MOST = 4
 """Layers without weights that are passed over at most, one by one."""
 OWN = "in the model's own forward, outside its layers"
-FAILURES = (MohsError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, copy.Error)
-"""Not every model can be taken apart, copied, or called with another number of rows."""
 
 Naming = Callable[..., str]
 
