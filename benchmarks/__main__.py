@@ -33,6 +33,7 @@ from . import (
     robust,
     simulations,
     strength,
+    training,
     walls,
 )  # fmt: skip
 from .peers import LIBRARIES
@@ -54,6 +55,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[str]]] = {
     "exam": examined.run,
     "costs": costs.run,
     "simulations": simulations.run,
+    "training": training.run,
 }
 USUAL = ("overhead", "pgd", "deepfool", "batches", "import")
 """What runs where no section is named; the others take longer and say what they need."""

@@ -108,7 +108,8 @@ The loop, its checkpoints and its early warnings are the same for all of them. `
 to it; `Ensemble` and `Cascade` hold one and have some of its points made against other, fixed nets. Such nets, the teacher of
 `Distillation` and the net that `FineTune` and others go on from (`start` in a recipe) are named `bundled:NAME` or by a file
 of weights that `mohs train` wrote; a hash of each is part of the recipe, so that a training goes on with the same ones only.
-`mohs.evaluation.training.distil` trains a teacher and its student. With `averaging` in a recipe, such as `averaging = 0.999`, the
+`mohs.evaluation.training.distil` trains a teacher and its student. With `precision = "bfloat16"` in a recipe the passes through the
+net, the attack's too, run in mixed precision, and weights and updates as before. With `averaging`, such as `averaging = 0.999`, the
 exponential average of the weights is measured and saved.
 """
 

@@ -220,7 +220,7 @@ class Problem(Rows):
 
     def gradient(self, x: Tensor, objective: Objective) -> Tensor:
         """Look at ``x`` and return the gradient of the objective there, [B, ...]: one forward, one backward."""
-        return self.target.linearize(self, x, objective).gradient()
+        return self.target.gradient(self, x, objective)
 
     def look(self, x: Tensor, objective: Objective | None = None) -> Look:
         """Look at ``x`` without gradients; see ``Target.look``."""

@@ -144,7 +144,6 @@ class View(Look):
     _problem: Problem
     _x: Tensor
     _draws: list[tuple[Tensor, Tensor]]  # of each draw: the logits with their graph, the cotangent of its own objective
-    _cost: int
 
     @property
     def value(self) -> Tensor:
@@ -168,21 +167,9 @@ class View(Look):
         return self._pull([cotangent] * len(self._draws), keep, rows)
 
     def _pull(self, cotangents: list[Tensor], keep: bool, rows: Tensor | None) -> Tensor:
-        draws = len(cotangents)
-        if draws > 1:
-            cotangents = [c / draws for c in cotangents]
-        try:
-            (gradient,) = torch.autograd.grad([z for z, _ in self._draws], self._x, cotangents, retain_graph=keep)
-        except RuntimeError as error:
-            raise ModelError(
-                f"The model gives no input gradient ({gist(error)}). Gradient attacks need a differentiable "
-                "path from input to logits: remove detach() or no_grad(), or use an attack that needs less access."
-            ) from error
-        found = self._problem.found
-        found.backwards += (~found.settled if rows is None else rows & ~found.settled) * self._cost
-        if not math.isfinite(float(gradient.sum())):
-            gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-        return gradient
+        live = ~self._problem.found.settled
+        rows = live if rows is None else rows & live
+        return self._problem.target.pull(self._problem, self._x, [z for z, _ in self._draws], cotangents, rows, keep)
 
 
 class Target:
@@ -222,12 +209,38 @@ class Target:
         self.cost = (calls[0] * average, calls[1] * average)
         self.labels = labels
         self.highest = -1 if labels is None or not len(labels) else int(labels.max())
+        self.judges = True
+        """Are points judged, and the best kept? Not where an attack's last iterate is taken as it is."""
 
     def linearize(self, problem: Problem, x: Tensor, objective: Objective | None = None) -> View:
         """Look at ``x`` [B, ...] keeping the graph: logits, margin, met, the objective's value and cotangent, ``pull``.
 
         Cost: one forward; each pull one backward. The objective defaults to the logit margin.
         """
+        x, graphs = self._graphs(problem, x)
+        logits = [graph.detach() for graph in graphs]
+        values, cotangents = zip(*[(objective or margin)(z, problem.goal) for z in logits], strict=True)
+        value = _mean(values)
+        lead, met = self._nominate(
+            problem, x.detach(), logits, value, asked=self.own, passes=self.cost[0], sure=self.trusted
+        )
+        draws = list(zip(graphs, cotangents, strict=True))
+        return View(
+            self.access, _mean(logits), lead, met, _mean(cotangents), problem, x, draws, _value=value
+        )  # fmt: skip
+
+    def gradient(self, problem: Problem, x: Tensor, objective: Objective) -> Tensor:
+        """The gradient of the objective at ``x``, [B, ...]. Cost: one forward, one backward."""
+        if self.judges:
+            return self.linearize(problem, x, objective).gradient()
+        x, graphs = self._graphs(problem, x)
+        cotangents = [objective(graph.detach(), problem.goal)[1] for graph in graphs]
+        live = ~problem.found.settled
+        problem.found.forwards += live * self.cost[0]
+        return self.pull(problem, x, graphs, cotangents, live)
+
+    def _graphs(self, problem: Problem, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The input as a leaf, and the logits of each evaluation with their graph."""
         if self.access < self.needs and self.own:
             raise AccessError(
                 f"The attack asked for a gradient; the threat grants {self.access.name}. "
@@ -236,17 +249,33 @@ class Target:
         x = x.detach().requires_grad_(True)
         with torch.enable_grad():
             graphs = [self._fitting(classify(self.guide, x), problem.goal) for _ in range(self.average)]
-        logits = [graph.detach() for graph in graphs]
-        self._known(logits[0], self.own, problem.goal)
-        values, cotangents = zip(*[(objective or margin)(z, problem.goal) for z in logits], strict=True)
-        value = _mean(values)
-        lead, met = self._nominate(
-            problem, x.detach(), logits, value, asked=self.own, passes=self.cost[0], sure=self.trusted
-        )
-        draws = list(zip(graphs, cotangents, strict=True))
-        return View(
-            self.access, _mean(logits), lead, met, _mean(cotangents), problem, x, draws, self.cost[1], _value=value
-        )  # fmt: skip
+        self._known(graphs[0], self.own, problem.goal)
+        return x, graphs
+
+    def pull(
+        self,
+        problem: Problem,
+        x: Tensor,
+        graphs: list[Tensor],
+        cotangents: list[Tensor],
+        rows: Tensor,
+        keep: bool = False,
+    ) -> Tensor:
+        """Input gradient [B, ...] of the mean of <logits, cotangent> over the evaluations: one backward, charged to ``rows``."""
+        draws = len(cotangents)
+        if draws > 1:
+            cotangents = [c / draws for c in cotangents]
+        try:
+            (gradient,) = torch.autograd.grad(graphs, x, cotangents, retain_graph=keep)
+        except RuntimeError as error:
+            raise ModelError(
+                f"The model gives no input gradient ({gist(error)}). Gradient attacks need a differentiable "
+                "path from input to logits: remove detach() or no_grad(), or use an attack that needs less access."
+            ) from error
+        problem.found.backwards += rows * self.cost[1]
+        if not math.isfinite(float(gradient.sum())):
+            gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        return gradient
 
     def look(self, problem: Problem, x: Tensor, objective: Objective | None = None) -> Look:
         """Look at ``x`` [B, ...] without gradients. Cost: one forward, one query.

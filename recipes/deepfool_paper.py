@@ -180,7 +180,7 @@ def draw_curves(paper: Paper, curves: dict[tuple[str, str], list[tuple[float, fl
                 middle, half = zip(*curves[name, way], strict=True)
                 axis.errorbar(range(len(middle)), middle, half, label=way.split(": ")[-1], capsize=2)
             axis.set(title=f"{name}\n{title}", xlabel="further epochs", ylabel="mean |r| / |x|")
-            axis.legend()
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
     print(*save(figure, paper.given.out, "deepfool-tuning"))
 
 
@@ -194,13 +194,13 @@ def pictures(paper: Paper, nets: dict[str, nn.Module], test: Dataset) -> None:
     sign = mohs.attack(FGSM(), net, x, label, f"linf:{eps}", stop=mohs.Stop.BUDGET).x - x
     columns = [
         ("image", x),
-        ("DeepFool's change", deep),
-        ("FGSM's change", sign),
-        ("with DeepFool's", x + deep),
-        ("with FGSM's", x + sign),
+        ("DeepFool: change", deep),
+        ("with it", x + deep),
+        ("FGSM: change", sign),
+        ("with it", x + sign),
     ]
-    columns += [(f"DeepFool's x{alpha}", x + alpha * deep) for alpha in (2, 3, 5)]
-    figure, axes = plt.subplots(len(x), len(columns), figsize=(1.35 * len(columns), 1.5 * len(x)))
+    columns += [(f"DeepFool x{alpha}", x + alpha * deep) for alpha in (2, 3, 5)]
+    figure, axes = plt.subplots(len(x), len(columns), figsize=(1.5 * len(columns), 1.65 * len(x)))
     for line, row in enumerate(axes):
         for axis, (title, shown) in zip(row, columns, strict=True):
             change = "change" in title

@@ -85,7 +85,7 @@ def row(name: str, net: nn.Module, test: Dataset, few: Dataset, radius: str) -> 
 def main() -> None:
     """The table over T, the statements, the figures."""
     paper = Paper.parse(
-        __doc__, n=(40, "images that JSMA attacks"), train=(10_000, "training images"), epochs=(8, "of each training")
+        __doc__, n=(40, "images that JSMA attacks"), train=(10_000, "training images"), epochs=(30, "of each training")
     )
     temperatures = TEMPERATURES if paper.full else FEW
     data = paper.data("train", 60_000 if paper.full else paper.given.train)

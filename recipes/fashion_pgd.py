@@ -26,7 +26,7 @@ RECIPE = Recipe(
     name="fashion-pgd",
     data="idx:/usr/share/datasets/fashion-mnist",
     net="small_cnn",
-    objective=Saddle(PGD(steps=5)),
+    objective=Saddle(PGD(steps=5), keep="best"),
     threat="linf:0.1",
     epochs=8,
     batch=128,

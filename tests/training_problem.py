@@ -1,4 +1,4 @@
-"""A problem small enough to train on in a blink: three blobs in the unit cube, and a stand-in that runs attacks."""
+"""A problem small enough to train on in a blink: three blobs in the unit cube."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mohs
-from mohs.attacks import Stop
 from mohs.data import Dataset
 from mohs.defenses.training import Adam, Natural, Recipe, train
+from mohs.evaluation.training import perturb
 from mohs.models import weights_hash
+
+__all__ = ["CLASSES", "FEATURES", "blobs", "mixed_net", "never", "perturb", "recipe", "run", "same"]
 
 FEATURES, CLASSES = 6, 3
 
@@ -31,12 +32,6 @@ def recipe(objective: Any = None, **changes: Any) -> Recipe:
         "optimiser": Adam(lr=0.05), "holdout": 10, "net_options": {"d": FEATURES, "k": CLASSES},
     }  # fmt: skip
     return Recipe(**{**settings, **changes})
-
-
-def perturb(
-    attack: Any, model: nn.Module, x: Tensor, y: Tensor, threat: Any, *, eps: Tensor, seed: int, batch: int
-) -> Tensor:
-    return mohs.attack(attack, model, x, y, threat, eps=eps, seed=seed, batch=batch, stop=Stop.BUDGET).x
 
 
 def never(*args: Any, **kwargs: Any) -> Tensor:

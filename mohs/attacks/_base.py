@@ -38,6 +38,8 @@ class Attack(Protocol):
             spent? Then smaller batches waste less (taken for no).
         own_step: a method, where a step has one length: that at a threat's radius, in units of the field ``step_size``, of which
             any positive number is then allowed.
+        last: does a step do no more than move its iterate, ``state.x``, within region and box by one gradient? Then training may take
+            the last one without a look at it, ``Stop.LAST`` (taken for no).
         outside: does it come from outside the region? Then the caller's points are brought into the box alone, and all
             restarts begin there (taken for no).
         norms: the regions it serves, of "linf", "l2", "l1", "lp", "l0", "patch" and "words" (where it is not said: all of them).

@@ -15,7 +15,10 @@ class Stop(Enum):
     SUCCESS = "success"
     """At its first confirmed success (evaluation)."""
     BUDGET = "budget"
-    """When the budget is spent (training, loss curves, the smallest change); the best point is kept."""
+    """When the budget is spent (loss curves, the smallest change, detectors); the best point is kept."""
+    LAST = "last"
+    """When the budget is spent (training); the last iterate is kept, and nothing is judged on the way, which saves a forward. One
+    restart of an attack whose ``last`` says that its iterate is a point of the region."""
 
 
 @dataclass

@@ -46,6 +46,7 @@ class BIM:
     objective: Objective = cross_entropy
     needs: ClassVar[Access] = Access.GRADIENT
     finite: ClassVar[bool] = True
+    last: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

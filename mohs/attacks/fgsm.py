@@ -44,6 +44,7 @@ class FGSM:
     objective: Objective = cross_entropy
     needs: ClassVar[Access] = Access.GRADIENT
     finite: ClassVar[bool] = True
+    last: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     @property

@@ -51,6 +51,7 @@ class PGD:
     objective: Objective = cross_entropy
     needs: ClassVar[Access] = Access.GRADIENT
     finite: ClassVar[bool] = True
+    last: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_ascent(self)

@@ -150,7 +150,7 @@ class Job:
         if reject is not None and (type(reject) is not int or reject < 0):
             raise UsageError(f"reject must be the index of a logit, counted from 0, or None; got {reject!r}.")
         if stop is not None and not isinstance(stop, Stop):
-            raise UsageError(f"stop must be Stop.SUCCESS, Stop.BUDGET or None; got {stop!r}.")
+            raise UsageError(f"stop must be Stop.SUCCESS, Stop.BUDGET, Stop.LAST or None; got {stop!r}.")
         if average is not None and (type(average) is not int or average < 1):
             raise UsageError(f"average must be a whole number >= 1, or None; got {average!r}.")
         average = min(threat.draws, AVERAGE) or 1 if average is None else average
@@ -198,10 +198,16 @@ class Job:
         self.aims = aims
         whole = trace or threat.minimum
         self.stop = stop or (Stop.BUDGET if whole else Stop.SUCCESS)
-        if whole and self.stop is Stop.SUCCESS:
+        if whole and self.stop is not Stop.BUDGET:
             raise UsageError(
-                "stop=Stop.SUCCESS contradicts a trace or an infinite radius, which spend the whole budget."
+                f"stop={self.stop} contradicts a trace or an infinite radius, which spend the whole budget and need each look."
             )
+        if self.stop is Stop.LAST and (self.rows > 1 or not getattr(attack, "last", False)):
+            raise UsageError(
+                f"stop=Stop.LAST takes the last iterate of one try, unjudged; got {attack!r} with {self.rows} rows for each example. "
+                "Allowed: one restart without aims, of an attack that only moves along gradients, such as PGD. Take Stop.BUDGET."
+            )
+        self.target.judges = self.stop is not Stop.LAST
         shrinking = x.device.type == "cpu" and (self.stop is Stop.SUCCESS or getattr(attack, "uneven", False))
         self.batch = batch or fitting_batch(len(x) * self.rows, max(usual_batch(x, attack) // average, 1), shrinking)
         count = (len(x), self.rows)
@@ -229,12 +235,32 @@ class Job:
         if self.x.device.type == "cpu":
             keep_memory()
         none = self.emitted.nonzero()[:0].squeeze(1)
+        if self.stop is Stop.LAST:
+            yield from self._iterate()
+            return
         if self.aims:
             for _ in self._rank_classes():
                 yield none
         while self.wave is not None or self._next_wave():
             for merged in self._run_wave():
                 yield self._finalise() if merged else none
+
+    def _iterate(self) -> Iterator[Tensor]:
+        """All steps of each batch, and where they end: nothing is judged, so there is nothing to drop or to merge."""
+        for part in torch.arange(len(self.x), device=self.x.device).split(self.batch) if len(self.x) else ():
+            problem = self.problem(part, torch.zeros_like(part))
+            if len(part) < self.batch:
+                problem = self._padded(problem)
+            with QuietGenerators(self.seed, int(part[0]), 0):
+                state = self.attack.init(problem)
+                for k in range(self.attack.steps):
+                    state = self.attack.step(problem, state, k)
+            rows = len(part)
+            self.best[part] = state.x[:rows].detach()
+            self.cost[:2, part, 0] = torch.stack([problem.found.forwards, problem.found.backwards])[:, :rows]
+            self.finished[part] = self.emitted[part] = True
+            self.spent += int(self.cost[:2, part].sum())
+            yield part
 
     def _rows(self) -> Tensor:
         """(example, number) of all rows: every example's first one before anybody's second, a slab of examples at a time,
@@ -268,13 +294,15 @@ class Job:
         """What has been found so far, of all examples or of those at ``of``."""
         of = torch.arange(len(self.x), device=self.x.device) if of is None else of
         counted = torch.arange(self.rows, device=self.x.device) <= self.answer[of].unsqueeze(1)
-        if self.stop is Stop.BUDGET:
+        if self.stop is not Stop.SUCCESS:
             counted = torch.ones_like(counted)
         forwards, backwards, queries = (self.cost[:, of] * counted).sum(2)
         x, success = self.best[of], self.success[of]
-        size = self.threat.region.measure(x, self.x[of])
+        size = self.margin.new_full((len(of),), math.inf)
+        if bool(success.any()):
+            size = self.threat.region.measure(x, self.x[of]).masked_fill(~success, math.inf)
         return Outcome(
-            x=x, success=success, size=size.masked_fill(~success, math.inf), margin=self.margin[of],
+            x=x, success=success, size=size, margin=self.margin[of],
             restart=self.owner[of].masked_fill(~success, -1), forwards=forwards, backwards=backwards,
             queries=queries, spent=self.spent, batch=self.batch, error=self.error[of],
             trace=None if self.trace is None else self.trace[of],

@@ -17,7 +17,7 @@ from mohs.data import Dataset
 from mohs.defenses import training
 from mohs.defenses.training import Distillation, Natural, Pretrained, Progress, Recipe, Trained, Watch
 from mohs.defenses.training.files import read_recipe
-from mohs.defenses.training.objective import against
+from mohs.defenses.training.objective import Last, against
 from mohs.errors import UsageError
 from mohs.target import classify
 from mohs.threat import Threat
@@ -27,10 +27,12 @@ WATCH = Watch(one_step=FGSM(), many_steps=PGD(steps=10), search=Square(steps=50)
 
 
 def perturb(
-    attack: Attack, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, eps: Tensor, seed: int, batch: int
+    attack: Attack | Last, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, eps: Tensor, seed: int, batch: int
 ) -> Tensor:
     """The points an attack ends with when it spends its whole budget, [N, ...]."""
-    return attacks.attack(attack, model, x, y, threat, eps=eps, seed=seed, batch=batch, stop=Stop.BUDGET).x
+    one = attack.attack if isinstance(attack, Last) else attack
+    stop = Stop.LAST if one is not attack and getattr(one, "last", False) else Stop.BUDGET
+    return attacks.attack(one, model, x, y, threat, eps=eps, seed=seed, batch=batch, stop=stop).x
 
 
 def load_recipe(source: str | Path) -> Recipe:

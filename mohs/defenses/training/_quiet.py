@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mohs import streams
 
@@ -55,3 +56,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with modes_kept(model):
         model.eval()
         yield
+
+
+@contextmanager
+def mixed(model: nn.Module, precision: str) -> Iterator[None]:
+    """Passes through the model in bfloat16 where asked, inside; its answers stay in single precision, as losses need them."""
+    if precision == "float32":
+        yield
+        return
+    plain, device = model.forward, next(model.parameters()).device.type
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        with torch.autocast(device, getattr(torch, precision)):
+            answer = plain(*inputs, **named)
+        return answer.float() if isinstance(answer, Tensor) and answer.dtype.itemsize < 4 else answer
+
+    model.__dict__["forward"] = forward  # backward passes run outside of autocast, as it asks for
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]

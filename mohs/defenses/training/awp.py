@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs.defenses._settings import number
-from mohs.defenses.training.objective import Context, Objective, check_inner
+from mohs.defenses.training.objective import Context, Last, Objective, check_inner
 from mohs.defenses.training.turn import Turn
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class _Held:
             return self.points[k]
 
         def perturb(
-            attack: Attack, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
+            attack: Attack | Last, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
         ) -> Tensor:
             return once(lambda: context.perturb(attack, x, y, of=of, radii=radii))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from mohs.defenses._settings import number
-from mohs.defenses.training.objective import Context, Objective, check_attacked
+from mohs.defenses.training.objective import Context, Last, Objective, check_attacked
 from mohs.defenses.training.pretrained import Pretrained, pretrained
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Cascade:
         room, defended = context.around(self), pretrained(self.defended).on(x.device)
 
         def perturb(
-            attack: Attack, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
+            attack: Attack | Last, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
         ) -> Tensor:
             theirs = room.uniform(x) < self.share
             points = x.clone()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mohs.defenses.training._quiet import evaluating
-from mohs.defenses.training.objective import Context, Objective, check_attacked
+from mohs.defenses.training.objective import Context, Last, Objective, check_attacked
 from mohs.defenses.training.pretrained import Pretrained, pretrained
 from mohs.errors import UsageError
 from mohs.target import classify
@@ -79,7 +79,7 @@ class Ensemble:
         drawn = nets[context.around(self).pick(len(nets))]
 
         def perturb(
-            attack: Attack, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
+            attack: Attack | Last, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
         ) -> Tensor:
             net = drawn if of is None else of
             if self.own_labels:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mohs.data import Dataset, load
 from mohs.defenses.training import _world, checkpoint
-from mohs.defenses.training._quiet import evaluating, modes_kept, number, seeded
+from mohs.defenses.training._quiet import evaluating, mixed, modes_kept, number, seeded
 from mohs.defenses.training.average import Average
 from mohs.defenses.training.checkpoint import Position
 from mohs.defenses.training.objective import Context, Perturb, Points, against, layers, prepares, pretrained_in
@@ -280,7 +280,8 @@ class _Run:
             Context(self._perturb_with(done), eps, done, room, seed=seed), self.memory, self.optimiser, self.world,
             (recipe.seed, "step", at.epoch, at.step, self.world.rank), self._diverged,
         )  # fmt: skip
-        return take(recipe.objective, turn)
+        with mixed(self.model, recipe.precision):
+            return take(recipe.objective, turn)
 
     def _perturb_with(self, done: float) -> Points:
         threat, eps = self.threat, self._eps(done)

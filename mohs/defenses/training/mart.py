@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mohs.defenses._settings import number
-from mohs.defenses.training.objective import Context
+from mohs.defenses.training.objective import Context, Last
 from mohs.defenses.training.trades import divergence
 from mohs.target import classify
 
@@ -34,7 +34,7 @@ class MART:
     Cost: 2 forwards and 2 backwards, and the attack's own, per example and epoch.
 
     **Differs from the paper**: any attack and threat; the logarithms are those of sums of probabilities, so that they need
-    none of the small constants of the published code; the attack keeps the best point it has seen, not the last.
+    none of the small constants of the published code.
     **Source**: Y. Wang, D. Zou, J. Yi, J. Bailey, X. Ma, Q. Gu, "Improving adversarial robustness requires revisiting
     misclassified examples", ICLR 2020, equations 8 to 11.
     """
@@ -47,7 +47,7 @@ class MART:
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, context: Context) -> Tensor:
         """The boosted cross-entropy and the weighted divergence, means over the batch; a term of weight zero is not computed."""
-        points = context.perturb(self.attack, x, y)
+        points = context.perturb(Last(self.attack), x, y)
         if self.beta == 0:
             return boosted(classify(model, points), y).mean()
         own = y.unsqueeze(1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mohs.defenses.training.objective import Context
+from mohs.defenses.training.objective import Context, Last
 from mohs.errors import UsageError
 from mohs.target import classify
 
@@ -50,7 +50,7 @@ class Mixture:
         """alpha * J(x, y) + (1 - alpha) * J(x', y), means over the batch; a term of weight zero is not computed."""
         if self.alpha == 1:
             return F.cross_entropy(classify(model, x), y)
-        adversarial = context.perturb(self.attack, x, y)
+        adversarial = context.perturb(Last(self.attack), x, y)
         bent = F.cross_entropy(classify(model, adversarial), y)
         if self.alpha == 0:
             return bent

@@ -17,16 +17,27 @@ if TYPE_CHECKING:
     from mohs.threat import Threat
 
 
+@dataclass(frozen=True)
+class Last:
+    """An attack whose last iterate is wanted, as most papers train, and not the best point that it saw.
+
+    Where the attack's iterate is such a point (``attack.last``), that saves the look at it: a forward of steps + 1. Another
+    attack answers with its best point.
+    """
+
+    attack: Attack
+
+
 class Perturb(Protocol):
     """Runs an attack to the end of its budget and returns its points, [N, ...].
 
     Training receives it as an argument, because defenses know attacks as values only; ``mohs.evaluation.training``
-    holds the one in use. The model it is given is in eval mode.
+    holds the one in use. The model it is given is in eval mode. The attack may be wrapped in ``Last``.
     """
 
     def __call__(
         self,
-        attack: Attack,
+        attack: Attack | Last,
         model: nn.Module,
         x: Tensor,
         y: Tensor,
@@ -44,7 +55,7 @@ class Points(Protocol):
     """The attack's points for a batch; no gradient leads from them to any weight."""
 
     def __call__(
-        self, attack: Attack, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
+        self, attack: Attack | Last, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
     ) -> Tensor:
         """The points, [B, ...].
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mohs.defenses.training.objective import Context, Objective, check_inner, prepares
+from mohs.defenses.training.objective import Context, Last, Objective, check_inner, prepares
 from mohs.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class OnEmbeddings:
             return held(points, e)
 
         def perturb(
-            attack: Attack, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
+            attack: Attack | Last, x: Tensor, y: Tensor, *, of: nn.Module | None = None, radii: Tensor | None = None
         ) -> Tensor:
             net = classifier if of is None else of
             return held(context.perturb(attack, x.detach(), y, of=net, radii=radii), x)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mohs.defenses.training.objective import Context
+from mohs.defenses.training.objective import Context, Last
+from mohs.errors import UsageError
 from mohs.target import classify
 
 if TYPE_CHECKING:
@@ -27,17 +28,28 @@ class Saddle:
 
     Args:
         attack: the inner maximisation, such as ``mohs.attacks.PGD(steps=10)``; it spends its whole budget.
+        keep: 'last', the attack's last iterate, as in the paper; or 'best', the best point it has seen (one that fools the net,
+            then the one of highest loss), which costs a forward more. An attack that does more than follow a gradient answers with
+            its best point either way.
 
-    Cost: 1 forward, 1 backward, and the attack's own (PGD: steps + 1 forwards, steps backwards) per example and epoch.
+    Cost: 1 forward, 1 backward, and the attack's own (PGD: steps forwards and backwards) per example and epoch.
 
-    **Differs from the paper**: the inner maximisation keeps the best point it has seen (one that fools the net, then
-    the one of highest loss), not the last; the net is in eval mode while it is attacked.
+    Raises:
+        UsageError: another ``keep``.
+
+    **Differs from the paper**: the net is in eval mode while it is attacked.
     **Source**: A. Madry, A. Makelov, L. Schmidt, D. Tsipras, A. Vladu, "Towards deep learning models resistant to
     adversarial attacks", ICLR 2018, equation 2.1 and section 3.
     """
 
     attack: Attack
+    keep: str = "last"
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("last", "best"):
+            raise UsageError(f"keep of Saddle must be 'last' or 'best'; got {self.keep!r}.")
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, context: Context) -> Tensor:
         """J(x', y), mean over the batch."""
-        return F.cross_entropy(classify(model, context.perturb(self.attack, x, y)), y)
+        attack = Last(self.attack) if self.keep == "last" else self.attack
+        return F.cross_entropy(classify(model, context.perturb(attack, x, y)), y)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mohs.defenses._settings import number
-from mohs.defenses.training.objective import Context
+from mohs.defenses.training.objective import Context, Last
 from mohs.target import classify
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class UnifiedEmbedding:
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, context: Context) -> Tensor:
         """The cross-entropies and the distance, means over the batch."""
         radii = context.around(self).varied(x) if self.varied else None
-        points = context.perturb(self.attack, x, y, radii=radii)
+        points = context.perturb(Last(self.attack), x, y, radii=radii)
         here, there = classify(model, torch.cat([x, points])).chunk(2)
         right = (F.cross_entropy(here, y) + self.weight * F.cross_entropy(there, y)) / (1 + self.weight)
         apart = (there - (here.detach() if self.pivot else here)).square().sum(1).mean() / 2
