@@ -48,7 +48,8 @@ def run(options: Options) -> Iterator[str]:
     data, rest = whole.take(len(whole) - TESTED), whole.take(indices=range(len(whole) - TESTED, len(whole)))
     yield (
         f"small_cnn, {len(data)} images, batches of {BATCH}, Adam, PGD of {STEPS} steps of {STEP_SIZE} from a random point at "
-        f"linf:{EPS}, the last iterate trained on; ours with its checkpoint at the end of the epoch. 'by hand' is a loop around torch.autograd.grad."
+        f"linf:{EPS}, the last iterate trained on; "
+        "ours with its checkpoint at the end of the epoch. 'by hand' is a loop around torch.autograd.grad."
     )
     runs: dict[str, Callable[[], nn.Module]] = {"mohs": lambda: ours(data), "by hand": lambda: loop(data, by_hand)}
     for name, make in (("torchattacks", torchattacks_loop), ("art", art_trainer)):

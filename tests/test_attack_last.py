@@ -154,7 +154,7 @@ def test_after_an_error_the_net_is_as_it_was(tmp_path: Path) -> None:
 
 def test_another_precision_is_refused() -> None:
     assert "bfloat16" in repr(replace(recipe(), precision="bfloat16"))
-    with pytest.raises(UsageError, match="precision of recipe 'tiny' was 'half'. Allowed: 'float32', 'bfloat16'"):
+    with pytest.raises(UsageError, match=r"precision of recipe 'tiny' was 'half'\. Allowed: 'float32', 'bfloat16'"):
         recipe(precision="half")
 
 
