@@ -7,6 +7,18 @@ The mixture of clean and FGSM losses, its error clean and under FGSM before and 
 on FGSM's points of other nets (ensemble adversarial training), and on PGD, under one step, one step after a random one,
 many steps, and points transferred from a net of their own. A net whose gradients were masked by its training looks
 robust to one step of its own, and is broken by one step of another net.
+
+Measured on Fashion-MNIST at Linf 0.1 (10,000 training images, eight epochs, 1,000 test images; percent, intervals about 3 points):
+
+    trained               clean   FGSM   random, FGSM   PGD-40   APGD-100   transferred FGSM / PGD-40
+    natural                85.8    8.4            8.1      3.4        3.4        23.7 / 21.3
+    mixture, half FGSM     84.2   66.0           65.1     58.7       55.6        74.1 / 74.8
+    FGSM alone             78.8   66.8           66.2     60.8       58.1        73.2 / 73.9
+    ensemble, half FGSM    82.6   53.5           53.0     46.2       44.3        74.3 / 74.8
+    PGD, 7 steps           78.9   67.6           67.6     65.8       64.8        73.7 / 74.1
+
+At this radius a net so small does not learn to mask its gradients: trained on one step it loses six points to forty, not most, and
+fools itself more than another net does. So the statements about masking fail here; the order under strong attacks is theirs.
 """
 
 from __future__ import annotations
@@ -50,9 +62,13 @@ def transferred(source: nn.Module, net: nn.Module, data: Dataset, attack: Any, t
 def main() -> None:
     """Both tables, and the statements."""
     paper = Paper.parse(
-        __doc__, n=(1000, "test images"), train=(10_000, "training images"), epochs=(8, "of each training")
+        __doc__,
+        n=(1000, "test images"),
+        train=(10_000, "training images"),
+        epochs=(8, "of each training"),
+        threat=("", "instead of linf:0.1, and of linf:0.25 with --full"),
     )
-    threat = "linf:0.25" if paper.full else "linf:0.1"
+    threat = paper.given.threat or ("linf:0.25" if paper.full else "linf:0.1")
     data = paper.data("train", 60_000 if paper.full else paper.given.train)
     test = paper.data("test", 10_000 if paper.full else paper.given.n)
     recipe = Recipe(
@@ -120,9 +136,10 @@ def statements(paper: Paper, rows: dict[str, dict[str, Any]]) -> None:
         low < 0.5 * several["transferred PGD, 40 steps"].value,
         str(several["APGD, 100 steps"]),
     )
-    best = max(row["APGD, 100 steps"].value for name, row in rows.items() if row is not saddle)
-    paper.state("Madry: training on PGD does", saddle["APGD, 100 steps"].value > best + 0.1,
-                f"{saddle['APGD, 100 steps']}, the others at most {best:.1%}")  # fmt: skip
+    best = max((row["APGD, 100 steps"] for row in rows.values() if row is not saddle), key=lambda share: share.value)
+    clear = saddle["APGD, 100 steps"].interval[0] > best.interval[1]
+    paper.state("Madry: training on PGD does, beyond chance better than all others", clear,
+                f"{saddle['APGD, 100 steps']}, the others at most {best}")  # fmt: skip
 
 
 if __name__ == "__main__":
