@@ -84,7 +84,7 @@ def test_good_and_turing_count_what_one_attack_alone_found() -> None:
     tried = SimpleNamespace(success=torch.zeros(6, dtype=torch.bool))
     seen = _convergence.restarts(
         review(
-            wins, PLAN, strongest=(0, APGD(steps=10)), manner={"restarts": 1, "aims": 0},
+            wins, PLAN, strongest=(0, APGD(steps=10)), start=lambda rows: None, manner={"restarts": 1, "aims": 0},
             near=lambda n: torch.arange(6), afford=lambda *a, **k: 6,
             tried=lambda *a, **k: tried,
         )

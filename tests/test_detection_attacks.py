@@ -225,12 +225,18 @@ def test_a_plan_begins_at_the_nearest_example_of_another_class() -> None:
     run: Any = SimpleNamespace(
         x=x, y=y, classes=4, threat=mohs.Threat.parse("linf:0.02"), settings=SimpleNamespace(reject=3)
     )
-    record: Any = SimpleNamespace(examples=SimpleNamespace(clean_label=y.numpy()))
-    found = nearest_others(run, torch.arange(24), record)
+    made: Any = SimpleNamespace(examples=SimpleNamespace(clean_label=y.numpy()))
+    found = nearest_others(run, torch.arange(24), made)
     for row in range(24):
         able = [i for i in range(24) if y[i] != y[row] and y[i] != 3]
         nearest = min(able, key=lambda i: float((x[i] - x[row]).abs().max()))
         assert torch.equal(found[row], x[nearest])
-    plan = Plan("one", (PlanStep.make("LogitMatching", {"steps": 30}, start="other"),))
-    record = mohs.evaluate(net, (x, y), "linf:0.3", plan=plan, adaptive="off", control=0)
-    assert record.robust_accuracy < 0.1
+    still = Plan("one", (PlanStep.make("PGD", {"steps": 1, "step_size": 1e-9}, start="other"),))
+    record = mohs.evaluate(net, (x, y), "linf:0.3", plan=still, adaptive="off", control=0)
+    run.settings.reject = None
+    found = nearest_others(run, torch.arange(24), made)
+    begun = (found - x).clamp(-0.3, 0.3) + x
+    with torch.no_grad():
+        won = (net(begun.clamp(0, 1)).argmax(1) != y).numpy()
+    assert 0 < won.sum() < 24
+    assert (record.survived == ~won).all(), "an attack that stands still answers what its start does"

@@ -273,7 +273,7 @@ class Evaluation:
                 later = any(a < index for a in record.attacks)
 
                 def make(todo: Tensor, batch: int = batch, later: bool = later) -> Job:
-                    start = self._start(step, todo, alive, later)
+                    start = self.start_of(step, todo, alive, later)
                     more = {"start": start, "batch": batch, "average": self.average(index), "seed": self.seed_of(index)}
                     return self.job(attack, todo, **self.settings_of(step), **more)
 
@@ -300,7 +300,7 @@ class Evaluation:
             self.notify(name, done, total, broken)
         self.bookmark.drop()
 
-    def _start(self, step: PlanStep, todo: Tensor, alive: np.ndarray, later: bool) -> Tensor | None:
+    def start_of(self, step: PlanStep, todo: Tensor, alive: np.ndarray, later: bool) -> Tensor | None:
         """Where the step begins: at an example of another class, or at what earlier ones found; one that they broke or never tried
         begins at its input.
 

@@ -27,7 +27,7 @@ def optimisation(review: Review) -> Seen:
     """Do twice the steps change anything for the survivors nearest to breaking? At most a hundredth of the plan's passes, or 6 rows."""
     attack, manner = review.longer(), review.manner
     rows = review.near(review.afford(2 * attack.steps * manner["restarts"] * max(manner["aims"], 1), most=16))
-    found = review.tried(attack, rows, **manner)
+    found = review.tried(attack, rows, start=review.start(rows), **manner)
     new = int(found.success.sum())
     before = torch.from_numpy(review.best[rows.cpu().numpy()])
     start = -torch.from_numpy(review.record.examples.clean_margin[rows.cpu().numpy()])
@@ -57,7 +57,8 @@ def restarts(review: Review) -> Seen:
         return untested(f"{type(attack).__name__} draws nothing, so a restart would repeat it")
     manner = review.manner
     rows = review.near(review.afford(2 * TRIES * attack.steps * max(manner["aims"], 1), most=16))
-    new = int(review.tried(attack, rows, other=1, **manner | {"restarts": TRIES}).success.sum())
+    again = manner | {"restarts": TRIES, "start": review.start(rows)}
+    new = int(review.tried(attack, rows, other=1, **again).success.sum())
     saw = (
         f"{TRIES} more restarts of {type(attack).__name__} break {new} of the {len(rows)} survivors nearest to breaking"
     )

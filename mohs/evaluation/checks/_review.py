@@ -181,6 +181,12 @@ class Review:
         assert self.strongest is not None
         return self.run.settings_of(self.steps[self.strongest[0]][0])
 
+    def start(self, rows: Tensor) -> Tensor | None:
+        """Where the strongest attack began at these examples, as the plan says; None: at the inputs, or as the attack decides."""
+        assert self.strongest is not None
+        index = self.strongest[0]
+        return self.run.start_of(self.steps[index][0], rows, self.alive, any(a < index for a in self.attacks))
+
     @property
     def elsewhere(self) -> str:
         """Why the strongest attack cannot be run once more as it ran; '' where it can."""
