@@ -159,24 +159,40 @@ def test_the_report_names_what_was_added(mended: Record, tmp_path: Path) -> None
     assert "iterations beat one step" in page
 
 
-def test_whom_a_check_breaks_is_broken(mended: Record) -> None:
+def test_whom_a_check_breaks_is_broken(monkeypatch: pytest.MonkeyPatch, mended: Record) -> None:
     """Its points are in the record like those of any attack, counted once, and fool the model again."""
-    kept = [i for i, s in enumerate(mended.header.plan.steps) if "what the check" in s.note]
-    assert kept
-    before: set[int] = set()
-    for index, attack in zip(mended.attacks, mended.header.attacks, strict=True):
-        rows = mended.results(index)
-        if index in kept:
-            assert attack.name.endswith(", within a check")
-            assert rows.success.all()
-            assert not before & set(rows.example.tolist())
-            assert not mended.survived[rows.example].any()
-            assert attack.given == attack.broke == len(rows.example)
-            assert attack.alone_n == int(mended.examples.control[rows.example].sum())
-        before |= set(rows.example[rows.success].tolist())
-    (said_of,) = [f.saw for f in mended.header.checks if f.id == "kept"]
-    counts = [int(word) for word in said_of.split() if word.isdigit()]
-    assert sum(counts) == sum(len(mended.results(i).example) for i in kept)
+    monkeypatch.setattr(
+        _afterwards._Ladder, "_rung", lambda self, *args, **more: ""
+    )  # which finds what the looks found
+    model, xy = trapped()
+    record = mohs.evaluate(model, xy, THREAT, plan=short(), control=12)
+    kept = [i for i, s in enumerate(record.header.plan.steps) if "what the check" in s.note]
+    assert kept == list(range(1, len(record.attacks))), "after all that loud checks asked for"
+    assert len(kept) > 2
+    before = set(record.results(0).example[record.results(0).success].tolist())
+    for index, attack in zip(record.attacks[1:], record.header.attacks[1:], strict=True):
+        rows = record.results(index)
+        assert attack.name.endswith(", within a check")
+        assert rows.success.all()
+        assert not before & set(rows.example.tolist())
+        assert attack.given == attack.broke == len(rows.example)
+        assert attack.alone_n is attack.alone_broke is None
+        before |= set(rows.example.tolist())
+    assert not record.survived[list(before)].any()
+    assert mohs.evaluation.replay(record, model).holds
+    (said_of,) = [f.saw for f in record.header.checks if f.id == "kept"]
+    assert sum(int(word) for word in said_of.split() if word.isdigit()) == sum(
+        len(record.results(i).example) for i in kept
+    )
+    assert record.robust_accuracy >= mended.robust_accuracy
+    steps = record.header.plan.steps
+    assert {s.restarts for s in steps if "more restarts" in s.note} == {2}
+
+
+def test_what_a_loud_check_broke_does_not_calm_it(mended: Record) -> None:
+    assert found(mended)["random-points"] == "warn"
+    assert any(a.name.startswith("RandomPoints") for a in mended.header.attacks)
+    assert "no longer seen" not in next(f.means for f in mended.header.checks if f.id == "random-points")
 
 
 def test_an_evaluation_that_does_not_adapt_keeps_to_its_plan(fooled: Record) -> None:

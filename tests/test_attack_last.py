@@ -16,8 +16,7 @@ from training_problem import CLASSES, FEATURES, mixed_net, recipe, run
 
 import mohs
 from mohs.attacks import BIM, FGSM, MIFGSM, PGD, DeepFool, Stop
-from mohs.defenses.training import Mixture, Saddle
-from mohs.defenses.training.objective import Last
+from mohs.defenses.training import Last, Mixture, OnEmbeddings, Saddle
 from mohs.errors import ThreatError, UsageError
 from mohs.evaluation.training import perturb
 from mohs.objectives import margin
@@ -69,6 +68,8 @@ def test_a_random_start_is_that_of_any_other_run() -> None:
     other = mohs.attack(still, net, x, y, f"linf:{EPS}", stop=Stop.LAST, seed=8).x
     assert torch.allclose(last, mohs.attack(still, net, x, y, f"linf:{EPS}", stop=Stop.LAST, seed=7, batch=5).x)
     assert float((last - other).abs().max()) > EPS / 10
+    best = mohs.attack(still, net, x, y, f"linf:{EPS}", stop=Stop.BUDGET, seed=7).x
+    assert torch.allclose(last, best, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -124,11 +125,11 @@ class Noted(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(FEATURES, CLASSES)
-        self.seen: set[torch.dtype] = set()
+        self.seen: set[tuple[bool, torch.dtype]] = set()
 
     def forward(self, x: Tensor) -> Tensor:
         answer = super().forward(x)
-        self.seen.add(answer.dtype)
+        self.seen.add((self.training, answer.dtype))
         return answer
 
 
@@ -136,9 +137,9 @@ class Noted(nn.Linear):
 def test_mixed_precision_is_of_the_passes_alone(tmp_path: Path, objective: Any) -> None:
     net = Noted()
     trained = run(tmp_path, objective, how=perturb, model=net, threat="linf:0.05", precision="bfloat16")
-    assert net.seen == {torch.bfloat16, torch.float32}, "float32 where it is measured"
+    low, single = torch.bfloat16, torch.float32
+    assert net.seen == {(True, low), (False, low), (False, single)}, "attack and loss; single where it is measured"
     assert "forward" not in net.__dict__
-    assert all(p.dtype == torch.float32 for p in net.parameters())
     assert trained.curve[-1]["loss"] < trained.curve[0]["loss"]
 
 
@@ -150,6 +151,25 @@ def test_after_an_error_the_net_is_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="no attack"):
         run(tmp_path, Saddle(FGSM()), how=never, model=net, threat="linf:0.1", precision="bfloat16")
     assert "forward" not in net.__dict__
+
+
+def test_a_forward_that_was_put_on_the_net_stays(tmp_path: Path) -> None:
+    net, calls = mixed_net(), []
+    plain = net.forward
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return plain(x)
+
+    net.__dict__["forward"] = counted
+    run(tmp_path, model=net, precision="bfloat16", epochs=1)
+    assert calls
+    assert net.forward is counted
+
+
+def test_what_calls_parts_of_a_net_is_refused() -> None:
+    with pytest.raises(UsageError, match="OnEmbeddings calls parts of the net by themselves"):
+        recipe(OnEmbeddings(Mixture(FGSM())), threat="l2:0.1", precision="bfloat16")
 
 
 def test_another_precision_is_refused() -> None:

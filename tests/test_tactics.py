@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from mohs.evaluation import _stages, tactics
 from mohs.evaluation.checks import Probe, examine
 from mohs.evaluation.plans import Plan, PlanStep
 from mohs.gradients import Smooth
+from mohs.guide import Guide
 from mohs.threat import Threat
 
 Build = Callable[[nn.Module], nn.Module]
@@ -348,3 +350,40 @@ def test_a_block_stands_only_where_nothing_broke_anything(plain: int, other: int
     trials = tactics.Trial(tactics.PLAIN, plain, 32, 0.0, 1), tactics.Trial(mild, other, 32, 0.0, 1)
     (found,) = tactics.remedied([blocked], tactics.Choice(mild if other > plain else tactics.PLAIN, trials))
     assert found.severity == severity
+
+
+class Bent(Guide):
+    """The model's gradients where told, and others elsewhere."""
+
+    def __init__(self, model: nn.Module, where: Tensor, scale: float) -> None:
+        super().__init__(model)
+        self.where, self.scale = where, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        near = torch.stack([(x == row).flatten(1).all(1) for row in self.where]).any(0)
+        if not x.requires_grad:
+            return logits
+        factor = torch.where(near, 1.0, self.scale).unsqueeze(1)
+        return logits.detach() + factor * (logits - logits.detach())
+
+
+@pytest.mark.parametrize(("scale", "new"), [(1.0, False), (1.0 + 1e-5, False), (1.1, True), (0.0, True)])
+def test_gradients_that_differ_only_within_the_region_are_others(
+    data: mohs.data.Dataset, scale: float, new: bool
+) -> None:
+    model, x = small(), data.x[:6]
+    probe: Any = SimpleNamespace(model=model)
+    known = tactics._Known(probe, x, Threat.parse("linf:0.1"), 4, exact=True)
+    assert known.adds(tactics.PLAIN)
+    assert known.adds(tactics.Tactic("bent", lambda m: Bent(m, x, scale))) is new
+    assert tactics._Known(probe, x, Threat.parse("linf:0.1"), 4, exact=False).adds(tactics.PLAIN)
+
+
+def test_where_all_gradients_are_zero_each_way_is_tried(data: mohs.data.Dataset) -> None:
+    flat: Any = SimpleNamespace(model=defenses.BitDepth(1)(small()).eval())
+    known = tactics._Known(flat, data.x[:6], Threat.parse("linf:0.1"), 4, exact=True)
+    for name in ("one", "other"):
+        assert known.adds(tactics.Tactic(name, lambda model: model))
+    assert known.adds(tactics.Tactic("honest", defenses.Honest))
+    assert not known.adds(tactics.Tactic("honest again", defenses.Honest))

@@ -264,7 +264,7 @@ def test_cascade_and_ensemble_can_be_combined() -> None:
         seen: list[Any] = []
         for seed in range(8):
             objective.loss(model, x, y, attacking(model, seed, seen))
-        nets = {id(of): attack for of, attack, *_ in seen}
+        nets = {id(of): attack.attack for of, attack, *_ in seen}
         assert nets == {id(model): FGSM(), id(source.module): FGSM(), id(defended.module): BIM(steps=2)}
         assert objective.attack is not None
 

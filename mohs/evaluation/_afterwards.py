@@ -20,7 +20,7 @@ from mohs.evaluation._student import student
 from mohs.evaluation.checks import AFTERWARDS, CLIMBS, CURVE, Finding
 from mohs.evaluation.checks._answers import SEARCH
 from mohs.evaluation.checks._climb import climbs
-from mohs.evaluation.checks._review import Review, by_scores
+from mohs.evaluation.checks._review import Find, Review, by_scores
 from mohs.evaluation.checks._seen import Seen
 from mohs.evaluation.checks._validity import radii
 from mohs.evaluation.plans import PlanStep
@@ -65,7 +65,8 @@ def review(run: Evaluation) -> list[Finding]:
     def look(id_: str, at: Review) -> Seen:
         saw = _looked(AFTERWARDS[id_][1], at)
         if ladder is not None:
-            ladder.keep(id_, at)
+            ladder.finds += [(id_, find) for find in at.finds]
+        at.finds.clear()
         return saw
 
     def again(id_: str) -> None:
@@ -104,6 +105,7 @@ def review(run: Evaluation) -> list[Finding]:
                 seen[id_] = replace(seen[id_], severity=calmer, saw=f"{_first(seen[id_])}. Afterwards: {later.saw}")
         for id_ in NOT_ENOUGH if loud else ():
             again(id_)
+        ladder.keep()
     run.notify("checks after the plan", 1, 1, 0)
     found = [_finding(id_, AFTERWARDS[id_][0], seen[id_], done.get(id_, [])) for id_ in AFTERWARDS]
     if others:
@@ -165,30 +167,35 @@ class _Ladder:
         self.run, self.looked = run, looked
         self.base = run.run.header.plan.model_copy(update={"steps": run.run.header.plan.steps[: len(run.steps)]})
         self.added: list[records.Step] = []
+        self.finds: list[tuple[str, Find]] = []
         self.kept: dict[str, int] = {}
 
     @property
     def climbed(self) -> bool:
         """Has a further attack run?"""
-        return len(self.run.steps) > self.run.planned + len(self.run.kept)
+        return len(self.run.steps) > self.run.planned
 
-    def keep(self, id_: str, looked: Review) -> None:
-        """Whom a check broke on its way is broken: written down as a step of its own, so that the record shows the points."""
+    def keep(self) -> None:
+        """Whom a check broke on its way is broken: written down as a step of its own, so that the record shows the points.
+
+        Last of all: a check that was loud must look again at the examples that made it so.
+        """
         run = self.run
-        while looked.finds:
-            attack, rows, found = looked.finds.pop(0)
-            alive = torch.from_numpy(Review(run, len(run.steps)).alive).to(rows.device)
-            new = found.success & alive[rows]
+        for id_, find in self.finds:
+            alive = torch.from_numpy(Review(run, len(run.steps)).alive).to(find.rows.device)
+            new = find.found.success & alive[find.rows]
             if not bool(new.any()):
                 continue
-            index = self._add(_step(attack, 1, 1.0, f"what the check '{AFTERWARDS[id_][0]}' broke"), attack)
+            step = _step(find.attack, find.restarts, 1.0, f"what the check '{AFTERWARDS[id_][0]}' broke")
+            index = self._add(replace(step, aims=find.aims), find.attack)
             run.kept.add(index)
-            answered = torch.from_numpy(run.run.ledger.answered(index)).to(rows)
-            new &= ~torch.isin(rows, answered)  # by an earlier sitting
+            answered = torch.from_numpy(run.run.ledger.answered(index)).to(find.rows)
+            new &= ~torch.isin(find.rows, answered)  # by an earlier sitting
             if bool(new.any()):
-                run.write(index, rows[new], found.of(new), alive.cpu().numpy())
-            broke = run.run.record().results(index)
-            self.kept[id_] = self.kept.get(id_, 0) + int(broke.success.sum())
+                run.write(index, find.rows[new], find.found.of(new), alive.cpu().numpy())
+            broke = int(run.run.record().results(index).success.sum())
+            if broke:  # fresh draws may refute all of a random model
+                self.kept[id_] = self.kept.get(id_, 0) + broke
 
     def told(self) -> str:
         """Whom the checks broke."""

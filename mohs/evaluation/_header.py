@@ -158,8 +158,9 @@ def attacks(
             records.AttackSummary(
                 index=index, name=step.label + ", within a check" * (index in kept), config=repr(attack), access=attack.needs.name,
                 given=given, broke=newly,
-                accuracy_after=float(alive.mean()), alone_broke=int((control & broke).sum()),
-                alone_n=int((control & ran).sum()), forwards=int(rows.forwards.sum()), backwards=int(rows.backwards.sum()),
+                accuracy_after=float(alive.mean()), alone_broke=None if index in kept else int((control & broke).sum()),
+                alone_n=None if index in kept else int(control.sum()),
+                forwards=int(rows.forwards.sum()), backwards=int(rows.backwards.sum()),
                 queries=int(rows.queries.sum()), seconds=seconds.get(index, 0.0),
             )
         )  # fmt: skip

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mohs import defenses, records
+from mohs import defenses, records, streams
 from mohs.attacks import APGD, SPGD, Attack, HotFlip, LaVAN, attack
 from mohs.errors import FAILURES, gist
 from mohs.evaluation import _layers
@@ -39,7 +39,7 @@ CLEARLY = 2
 AFTER = 16
 """Of the examples that the best tactic leaves, so many judge whether a dearer one is worth its price."""
 ALIKE = 1e-3
-"""Tactics whose gradients differ by no more than this share of their length, at every example, are one."""
+"""Tactics whose gradients differ by no more than this share of their length, wherever they were looked at, are one."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def choose(
         suspicious: something else makes the model suspect, so that its gradients are not to be trusted whatever they promise.
 
     Cost: nothing where nothing is suspect; else about 30 passes for each of 32 examples and each tactic, of which there are
-    two to about fifteen; where none of them breaks nine tenths, some hundred passes more for each example that is left: gradients
+    two to about fifteen; where none of them breaks nine tenths, some hundred passes more for each of up to 16 that are left: gradients
     averaged over noise, finite differences where nothing else helps, and as many of the best so far beside them.
     """
     said = defenses.declared(probe.model) if believe else None
@@ -139,7 +139,7 @@ def choose(
         return found
 
     trials: list[Trial] = []
-    known = _Known(probe.model, x, batch, exact=average is None)
+    known = _Known(probe, x, threat, batch, exact=average is None)
     known.adds(PLAIN)
     tried(PLAIN if average is None else Tactic("gradients as they are", None, 1))
     try:
@@ -173,40 +173,52 @@ def _dearer(tactic: Tactic, best: Trial, tried: Callable[..., Trial]) -> tuple[T
         dear = tried(tactic)
         return (best if dear.error else dear), None
     dear = tried(tactic, best)
-    if dear.broken < CLEARLY:
+    each = len(best.left) / dear.n  # examples that one of those it was tried on stands for
+    if dear.broken * each < CLEARLY:
         return best, None
-    of_all = dear.broken * len(best.left) / dear.n
     steps = max(round(STEPS * dear.each / max(best.each, 1)), STEPS)
     longer = tried(replace(best.tactic, name=f"{best.tactic.name}, {steps} steps"), best, steps).broken
-    if of_all > best.broken and dear.broken >= longer + CLEARLY:
+    more = (dear.broken - longer) * each
+    if dear.broken * each > best.broken and more >= CLEARLY:
         return dear, best.tactic if best.broken else None
-    return best, None if longer >= dear.broken + CLEARLY else tactic
+    return best, None if -more >= CLEARLY else tactic
 
 
 class _Known:
-    """The gradients of the tactics so far, each at the same examples; ``exact``: those of a model that is not random, of which equal
-    ones need no second trial.
+    """The gradients of the tactics so far, at the same points; ``exact``: those of a model that is not random, of which equal ones
+    need no second trial.
 
-    One forward and one backward per example and tactic, where a trial takes about thirty.
+    The points are the inputs, random ones of the region, and those where a step along the model's own gradient leads: what is equal
+    at the data may differ where an attack goes. Three forwards and backwards per example and tactic, where a trial takes about thirty.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, batch: int, exact: bool) -> None:
-        self.model, self.x, self.batch, self.exact = model, x, batch, exact
+    def __init__(self, probe: Probe, x: Tensor, threat: Threat, batch: int, exact: bool) -> None:
+        self.model, self.batch = probe.model, batch
+        self.exact = exact and not isinstance(threat.region, L0 | Patch | Words)
         self.slopes: list[Tensor] = []
+        self.points = [x]
+        if self.exact:
+            eps, key = x.new_full((len(x),), threat.region.eps), streams.content_keys(x)
+            self.points.append(threat.region.start(x, eps, threat.box, key))
+            own = self._slopes(PLAIN)
+            if own is not None:
+                self.points.append(threat.region.extreme(own[: len(x)].view_as(x), x, eps, threat.box))
 
     def adds(self, tactic: Tactic) -> bool:
         """Are these gradients other ones than those before? Where they cannot be had like this, the trial will tell."""
-        if not self.exact:
+        slopes = self._slopes(tactic) if self.exact else None
+        if slopes is None:
             return True
-        try:
-            slope = torch.cat(
-                [self._slope(tactic.guide(self.model) or self.model, part) for part in self.x.split(self.batch)]
-            )
-        except FAILURES:
-            return True
-        new = not any(self._alike(slope, other) for other in self.slopes)
-        self.slopes.append(slope)
+        new = not any(self._alike(slopes, other) for other in self.slopes)
+        self.slopes.append(slopes)
         return new
+
+    def _slopes(self, tactic: Tactic) -> Tensor | None:
+        try:
+            guide = tactic.guide(self.model) or self.model
+            return torch.cat([self._slope(guide, part) for x in self.points for part in x.split(self.batch)])
+        except FAILURES:
+            return None
 
     @staticmethod
     def _slope(guide: nn.Module, x: Tensor) -> Tensor:
@@ -218,7 +230,9 @@ class _Known:
 
     @staticmethod
     def _alike(a: Tensor, b: Tensor) -> bool:
-        return bool(((a - b).norm(dim=1) <= ALIKE * torch.minimum(a.norm(dim=1), b.norm(dim=1))).all())
+        """Everywhere within a small share of their length; where all are zero nothing is known of them."""
+        near = (a - b).norm(dim=1) <= ALIKE * torch.minimum(a.norm(dim=1), b.norm(dim=1))
+        return bool(near.all()) and bool((a != 0).any())
 
 
 def _passed_over(trials: Sequence[Trial], best: Trial) -> Tactic | None:

@@ -163,8 +163,11 @@ class AttackSummary(_Part):
     given: int = Field(default=0, ge=0, description="rows that were still right when it began")
     broke: int = Field(default=0, ge=0, description="of those")
     accuracy_after: float | None = None
-    alone_broke: int | None = Field(default=None, description="broken in the control subset, all of which it got")
-    alone_n: int | None = Field(default=None, description="size of the control subset")
+    alone_broke: int | None = Field(
+        default=None,
+        description="broken in the control subset, all of which it got",
+    )
+    alone_n: int | None = Field(default=None, description="size of the control subset; null where a check ran")
     forwards: int = Field(default=0, ge=0)
     backwards: int = Field(default=0, ge=0)
     queries: int = Field(default=0, ge=0)

@@ -21,7 +21,7 @@ from mohs.defenses.training.mart import MART
 from mohs.defenses.training.mixture import Mixture
 from mohs.defenses.training.natural import Natural
 from mohs.defenses.training.nfgsm import NFGSM
-from mohs.defenses.training.objective import Context, Objective, Perturb, Points
+from mohs.defenses.training.objective import Context, Last, Objective, Perturb, Points
 from mohs.defenses.training.on_embeddings import OnEmbeddings
 from mohs.defenses.training.pretrained import Pretrained
 from mohs.defenses.training.recipe import Recipe
@@ -36,7 +36,7 @@ from mohs.defenses.training.watch import EarlyWarning, Watch
 
 __all__ = [
     "AWP", "Adam", "Cascade", "Constant", "Context", "Cosine", "DeepContractive", "Distillation", "EarlyWarning",
-    "Ensemble", "Fast", "FineTune", "Free", "GaussianAugmentation", "GradAlign", "MART", "Mixture", "NFGSM", "Natural",
+    "Ensemble", "Fast", "FineTune", "Free", "GaussianAugmentation", "GradAlign", "Last", "MART", "Mixture", "NFGSM", "Natural",
     "Objective", "OnEmbeddings", "Perturb", "Points", "Pretrained", "Progress", "Recipe", "Room", "SGD", "Saddle", "Steps", "TRADES",
     "Trained", "Turn", "UnifiedEmbedding", "VAT", "Watch", "train",
 ]  # fmt: skip

@@ -65,6 +65,7 @@ def mixed(model: nn.Module, precision: str) -> Iterator[None]:
         yield
         return
     plain, device = model.forward, next(model.parameters()).device.type
+    own = model.__dict__.get("forward")  # where somebody, or torch.compile, put one there
 
     def forward(*inputs: Any, **named: Any) -> Any:
         with torch.autocast(device, getattr(torch, precision)):
@@ -76,3 +77,5 @@ def mixed(model: nn.Module, precision: str) -> Iterator[None]:
         yield
     finally:
         del model.__dict__["forward"]
+        if own is not None:
+            model.__dict__["forward"] = own

@@ -68,7 +68,7 @@ class Cascade:
         ) -> Tensor:
             theirs = room.uniform(x) < self.share
             points = x.clone()
-            for rows, runs, net in ((~theirs, attack, of), (theirs, self.attack, defended)):
+            for rows, runs, net in ((~theirs, attack, of), (theirs, Last(self.attack), defended)):
                 some = None if radii is None else radii[rows]
                 points[rows] = context.perturb(runs, x[rows], y[rows], of=net, radii=some)
             return points

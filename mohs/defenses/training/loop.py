@@ -89,7 +89,7 @@ def train(
 
     Args:
         recipe: what to do.
-        perturb: runs an attack to the end of its budget.
+        perturb: runs an attack to the end of its budget; the attack may come wrapped in ``Last``.
         out: directory for ``checkpoint.safetensors``, ``curve.jsonl`` (one line per epoch) and, at the end,
             ``weights.safetensors``.
         data: instead of the recipe's data.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class OnEmbeddings:
     """
 
     objective: Objective
+    whole: ClassVar[bool] = False  # embedding and classifier are called by themselves
 
     def __post_init__(self) -> None:
         check_inner("OnEmbeddings", self.objective)

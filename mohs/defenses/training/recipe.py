@@ -94,6 +94,12 @@ class Recipe:
             raise UsageError(
                 f"precision of recipe {self.name!r} was {self.precision!r}. Allowed: {', '.join(map(repr, PRECISIONS))}."
             )
+        apart = [layer for layer in layers(self.objective) if not getattr(layer, "whole", True)]
+        if apart and self.precision != "float32":
+            raise UsageError(
+                f"Recipe {self.name!r}: {type(apart[0]).__name__} calls parts of the net by themselves, which precision="
+                f"{self.precision!r} would not reach. Leave precision out."
+            )
         if not callable(getattr(self.objective, "loss", None)):
             raise UsageError(
                 f"The objective of recipe {self.name!r} was {self.objective!r}. Allowed: a value with a method "

@@ -23,7 +23,7 @@ class Saddle:
         min over weights of  E [ max over x' in region(x) of J(x', y) ]        (the inner maximum by the attack)
 
     The baseline of honest defenses: with PGD inside, the gain survives stronger attacks. It costs clean accuracy and
-    (steps + 2) times the compute of natural training. On hard problems warm the radius up, or the net may stay at
+    (steps + 1) times the compute of natural training. On hard problems warm the radius up, or the net may stay at
     chance.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,17 @@ def excused(saw: str, new: int, of: int) -> Seen | None:
     return None if surprising(new, of) else Seen("info", saw, FEW)
 
 
+@dataclass(frozen=True)
+class Find:
+    """An attack of a check that broke some: on which examples it ran, what came out, and how often it tried."""
+
+    attack: Any
+    rows: Tensor
+    found: Outcome
+    restarts: int
+    aims: int
+
+
 class Review:
     """An evaluation after its plan: who was broken by what, and how to try a little more.
 
@@ -71,8 +82,8 @@ class Review:
         upto: only rows of attacks before this one count, so that a resumed run sees what an uninterrupted one saw.
 
     ``attacks`` are those that ran, ``past`` those and what earlier looks broke. ``passes``: forwards and backwards of the attacks that
-    were tried so far; ``finds``: these, their rows and what came out, where they broke the model itself within the threat. ``seen``:
-    what the checks before this one saw, by id.
+    were tried so far; ``finds``: those that broke the model itself within the threat. ``seen``: what the checks before this one saw,
+    by id.
     """
 
     def __init__(self, run: Evaluation, upto: int, thorough: bool = False) -> None:
@@ -83,7 +94,7 @@ class Review:
         self.attacks = [a for a in self.past if a not in run.kept]
         self.steps = run.steps[:upto]
         self.passes = 0
-        self.finds: list[tuple[Any, Tensor, Outcome]] = []
+        self.finds: list[Find] = []
         self.seen: Mapping[str, Seen] = {}
 
     # ---- rows -------------------------------------------------------------------------------------------
@@ -182,7 +193,8 @@ class Review:
         return self.run.settings_of(self.steps[self.strongest[0]][0])
 
     def start(self, rows: Tensor) -> Tensor | None:
-        """Where the strongest attack began at these examples, as the plan says; None: at the inputs, or as the attack decides."""
+        """Where a step like that of the strongest attack begins now, as the plan says; None: at the inputs, or as the attack
+        decides."""
         assert self.strongest is not None
         index = self.strongest[0]
         return self.run.start_of(self.steps[index][0], rows, self.alive, any(a < index for a in self.attacks))
@@ -242,7 +254,7 @@ class Review:
             )
             found = replace(found, success=found.success.index_put((won,), stand))
         if model is run.model and "eps" not in settings and bool(found.success.any()):
-            self.finds.append((attack, rows, found))
+            self.finds.append(Find(attack, rows, found, settings.get("restarts", 1), settings.get("aims", 0)))
         return found
 
     def _seed(self, other: int) -> int:
