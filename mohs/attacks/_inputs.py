@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mohs.attacks._base import Attack
+from mohs.attacks._outcome import Stop
 from mohs.errors import DataError, ModelError, UsageError, rows_text
 from mohs.regions import Patch, Words
 from mohs.threat import Threat
@@ -126,3 +128,30 @@ def share_of_queries(queries: int | None, rows: int, aims: int) -> int | None:
             "Each row needs at least one: use fewer restarts or aims, or raise Threat(queries=...)."
         )
     return share
+
+
+def check_run(
+    attack: object, seed: object, reject: int | None, stop: object, average: int | None, rank: object
+) -> None:
+    """What says how an attack is run must be of its kind."""
+    if isinstance(attack, type) or not isinstance(attack, Attack):
+        raise UsageError(
+            f"attack must be an attack object such as mohs.attacks.PGD(steps=40); got {attack!r}. "
+            f"Allowed: {', '.join(_known())}, made with parentheses."
+        )
+    if not isinstance(seed, int):
+        raise UsageError(f"seed must be a whole number; got {seed!r}.")
+    if reject is not None and (type(reject) is not int or reject < 0):
+        raise UsageError(f"reject must be the index of a logit, counted from 0, or None; got {reject!r}.")
+    if stop is not None and not isinstance(stop, Stop):
+        raise UsageError(f"stop must be Stop.SUCCESS, Stop.BUDGET, Stop.LAST or None; got {stop!r}.")
+    if average is not None and (type(average) is not int or average < 1):
+        raise UsageError(f"average must be a whole number >= 1, or None; got {average!r}.")
+    if not callable(rank):
+        raise UsageError(f"rank must be mohs.attacks.by_logit, by_distance or a function like these; got {rank!r}.")
+
+
+def _known() -> list[str]:
+    from mohs.attacks import REGISTRY
+
+    return list(REGISTRY)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mohs import streams
 from mohs.attacks._base import Attack
 from mohs.attacks._batches import fitting_batch, usual_batch
-from mohs.attacks._inputs import check_inputs, check_mode, check_start, share_of_queries
+from mohs.attacks._inputs import check_inputs, check_mode, check_run, check_start, share_of_queries
 from mohs.attacks._outcome import Outcome, Stop
 from mohs.attacks._quiet import QuietGenerators, keep_memory
 from mohs.attacks._ranking import Ranking, by_logit
@@ -140,19 +140,7 @@ class Job:
         check_mode(model)
         if guide is not None:
             check_mode(guide)
-        if isinstance(attack, type) or not isinstance(attack, Attack):
-            raise UsageError(
-                f"attack must be an attack object such as mohs.attacks.PGD(steps=40); got {attack!r}. "
-                f"Allowed: {', '.join(_known())}, made with parentheses."
-            )
-        if not isinstance(seed, int):
-            raise UsageError(f"seed must be a whole number; got {seed!r}.")
-        if reject is not None and (type(reject) is not int or reject < 0):
-            raise UsageError(f"reject must be the index of a logit, counted from 0, or None; got {reject!r}.")
-        if stop is not None and not isinstance(stop, Stop):
-            raise UsageError(f"stop must be Stop.SUCCESS, Stop.BUDGET, Stop.LAST or None; got {stop!r}.")
-        if average is not None and (type(average) is not int or average < 1):
-            raise UsageError(f"average must be a whole number >= 1, or None; got {average!r}.")
+        check_run(attack, seed, reject, stop, average, rank)
         average = min(threat.draws, AVERAGE) or 1 if average is None else average
         if threat.queries is not None and isinstance(guide, Guide) and guide.needs < Access.GRADIENT:
             raise UsageError(
@@ -171,8 +159,6 @@ class Job:
                 f"{attack!r} needs a finite radius; got {threat}. Give one, such as '{threat.region.name}:0.1', or use a "
                 "minimum-norm attack such as DeepFool."
             )
-        if not callable(rank):
-            raise UsageError(f"rank must be mohs.attacks.by_logit, by_distance or a function like these; got {rank!r}.")
         if aims and threat.access < Access.LOGIT and guide is None:
             raise AccessError(
                 f"aims ranks the classes by their logits, which needs access LOGIT; the threat {threat} grants "
@@ -465,9 +451,3 @@ class Job:
         final = (self.finished | ~needed).all(1) & ~self.emitted
         self.emitted |= final
         return final.nonzero().squeeze(1)
-
-
-def _known() -> list[str]:
-    from mohs.attacks import REGISTRY
-
-    return list(REGISTRY)
