@@ -171,14 +171,9 @@ class Job:
         if not getattr(attack, "random", True) and threat.draws == 0:
             restarts = 1  # a further restart of a deterministic attack is the same one
         self.rows = restarts * max(aims, 1)
+        share = share_of_queries(threat.queries, self.rows, aims)
         self.target = Target(
-            model,
-            threat.access,
-            guide,
-            share_of_queries(threat.queries, self.rows, aims),
-            threat.draws,
-            y if targets is None else targets,
-            average,
+            model, threat.access, guide, share, threat.draws, y if targets is None else targets, average
         )
         self.x, self.y, self.targets = x.detach(), y, targets
         self.aims = aims
