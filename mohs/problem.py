@@ -14,8 +14,9 @@ from mohs._rows import Rows
 from mohs.threat import Threat
 
 if TYPE_CHECKING:
+    from mohs.look import Look, View
     from mohs.objectives import Objective
-    from mohs.target import Look, Target, View
+    from mohs.target import Target
 
 NO_AIM = -1
 

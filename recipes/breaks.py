@@ -313,16 +313,18 @@ def _right(model: nn.Module, data: Dataset, threat: Threat) -> Tensor:
     return (torch.stack(looks) == data.y).double().sum(0) * 2 > max(threat.draws, 1)
 
 
-def row(name: str, make: Callable[[], nn.Module], data: Dataset, plan: str) -> dict[str, Any]:
-    """One line of the table."""
+def row(name: str, make: Callable[[], nn.Module], data: Dataset, plan: str, keep: Path | None = None) -> dict[str, Any]:
+    """One line of the table; with ``keep`` its two records stay in that folder, where a run that was stopped goes on."""
+    place = None if keep is None else keep / "".join(c if c.isalnum() else "-" for c in name)
     model = make()
     random = defenses.declared(model).random
     threat = PATCHES[name][1] if name in PATCHES else THREAT
     threat = Threat(threat.region, draws=DRAWS) if random else threat
-    said = mohs.evaluate(model, data, threat, plan=plan, control=0)
+    said = mohs.evaluate(model, data, threat, plan=plan, control=0, out=place and place / "declared")
     hidden = mohs.evaluate(
-        Opaque(make()).eval(), data, threat, plan=plan, control=0, adaptive="blind", reject=_rejects(model, data)
-    )
+        Opaque(make()).eval(), data, threat, plan=plan, control=0, adaptive="blind", reject=_rejects(model, data),
+        out=place and place / "withheld",
+    )  # fmt: skip
     naive = by_hand(model, data, threat, honest=False)
     chosen = next((t for t in hidden.header.tactics if t.chosen), None)
     kinds = [chosen.against] if chosen is not None and chosen.against else []
@@ -364,6 +366,7 @@ def main() -> None:
     parser.add_argument("--plan", default="standard")
     parser.add_argument("--only", action="append", default=[], help="a row's name, or a defense as --defense takes it")
     parser.add_argument("--out", type=Path, help="the rows as JSON")
+    parser.add_argument("--keep", type=Path, help="a folder for the records, in which a run that was stopped goes on")
     given = parser.parse_args()
     data, rows = load("bundled:fashion-mnist", n=given.rows), []
     bare: dict[Threat, float] = {}
@@ -372,7 +375,9 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, make in subjects(given.only).items():
-        rows.append(found := row(name, make, data.take(min(len(data), FEWER.get(name, len(data)))), given.plan))
+        rows.append(
+            found := row(name, make, data.take(min(len(data), FEWER.get(name, len(data)))), given.plan, given.keep)
+        )
         found["outcome"] = outcome(found, bare)
         shares = " | ".join(f"{found[key]:.1%}" for key in ("clean", "naive", "hand-made", "declared", "withheld"))
         print(

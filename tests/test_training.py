@@ -22,6 +22,7 @@ from mohs.defenses.training import (
     Constant,
     Context,
     Cosine,
+    Last,
     Mixture,
     Natural,
     Progress,
@@ -287,7 +288,7 @@ def test_the_watch_is_silent_on_honest_curves() -> None:
 
 def test_a_planted_case_is_reported_in_result_and_progress(tmp_path: Path) -> None:
     def masked(attack: Any, model: nn.Module, x: Tensor, y: Tensor, threat: Any, **rest: Any) -> Tensor:
-        return x if isinstance(attack, FGSM) else 1 - x  # one step does nothing, many steps everything
+        return x if isinstance(attack, FGSM | Last) else 1 - x  # one step does nothing, many steps everything
 
     told: list[Progress] = []
     watch = Watch(FGSM(), PGD(steps=5))

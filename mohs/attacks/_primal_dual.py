@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._base import State
+from mohs.look import View
 from mohs.problem import Problem
 from mohs.regions import per_row
-from mohs.target import View
 
 FIRST, SECOND = 0.9, 0.999
 """Adam's decay rates of the two moments."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mohs._rows import Rows
+from mohs.look import View
 from mohs.problem import Problem
 from mohs.regions import Region, per_row
-from mohs.target import View, rounding
+from mohs.target import rounding
 
 SPREAD = 4.0
 """By how much the gradients of a row's classes may differ, and grow on the way to the boundary: what would be farther away

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mohs._rows import Rows
 from mohs.errors import ThreatError
+from mohs.look import View
 from mohs.problem import Problem
 from mohs.regions import L0, Box, Linf, per_row
-from mohs.target import View, rounding
+from mohs.target import rounding
 
 CLOSE = 0.01
 """A bracket is closed where its ends differ by this share: more rounds would gain less."""

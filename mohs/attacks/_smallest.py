@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mohs.attacks._rivals import candidates, contrast, pairs
+from mohs.look import View
 from mohs.problem import Problem
 from mohs.regions import per_row
-from mohs.target import View, rounding
+from mohs.target import rounding
 
 
 def reach(problem: Problem) -> Tensor:

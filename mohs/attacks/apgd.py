@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_ascent
+from mohs.look import View
 from mohs.objectives import Objective, probability_margin
 from mohs.problem import Problem
 from mohs.regions import L1, Box, per_row
-from mohs.target import View
 from mohs.threat import Access
 
 MOMENTUM = 0.75  # weight of the gradient step against the last move

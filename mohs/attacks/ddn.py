@@ -11,10 +11,10 @@ from torch import Tensor
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_positive, check_whole
 from mohs.attacks._smallest import cosine, distance, nothing_left, reach, unit
+from mohs.look import View
 from mohs.objectives import Objective, cross_entropy, margin
 from mohs.problem import Problem
 from mohs.regions import per_row
-from mohs.target import View
 from mohs.threat import Access
 
 

@@ -12,9 +12,9 @@ from mohs.attacks._base import State
 from mohs.attacks._settings import check_positive, check_whole
 from mohs.attacks._smallest import cosine, distance, free, nothing_left, reach, unit
 from mohs.attacks._sparse import geometry
+from mohs.look import View
 from mohs.problem import Problem
 from mohs.regions import L0, L1, Lp, per_row
-from mohs.target import View
 from mohs.threat import Access
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_share, check_whole
 from mohs.attacks._sparse import geometry, least, tighten, unit
+from mohs.look import View
 from mohs.objectives import margin
 from mohs.problem import Problem
 from mohs.regions import per_row
-from mohs.target import View
 from mohs.threat import Access
 
 PATIENCE = 10

@@ -13,10 +13,10 @@ from torch import Tensor
 from mohs import streams
 from mohs.attacks._base import State
 from mohs.attacks._settings import check_ascent, check_share
+from mohs.look import Look
 from mohs.objectives import Objective, margin
 from mohs.problem import Goal, Problem
 from mohs.regions import Linf, Lp, per_row
-from mohs.target import Look
 from mohs.threat import Access
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
