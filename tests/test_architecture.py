@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mohs"
 
 NOUNS = {
-    "threat", "regions", "problem", "objectives", "streams", "target", "look", "guide", "_rows", "_geometry", "_patch", "_words", "errors",
+    "threat", "regions", "problem", "objectives", "streams", "target", "look", "guide", "_rows", "_geometry", "_patch", "_words",
+    "errors",
 }  # fmt: skip
 BASE = NOUNS | {"gradients", "models", "data"}
 """What attacks, certificates and defenses stand on."""
