@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def answers(logits: Tensor) -> Tensor:
     """The class of the highest logit, [B]; -1 where any is nan, as argmax would call nan a class.
 
-    >>> answers(torch.tensor([[0.0, 1.0], [math.nan, 1.0]])).tolist()
+    >>> answers(Tensor([[0.0, 1.0], [float("nan"), 1.0]])).tolist()
     [1, -1]
     """
     return logits.argmax(1).masked_fill_(logits.isnan().any(1), -1)

@@ -159,7 +159,7 @@ class Planned:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, breaks: set[int]) -> None:
         self.given: list[list[int]] = []
-        run, write = _stages.Evaluation._run, _stages.Evaluation._write
+        run, write = _stages.Evaluation._run, _stages.Evaluation.write
 
         def told(evaluation: Any, index: int, stage: str, name: str, todo: Tensor, *given: Any) -> None:
             if index == 1:
@@ -174,7 +174,7 @@ class Planned:
             write(evaluation, index, ids, found, alive)
 
         monkeypatch.setattr(_stages.Evaluation, "_run", told)
-        monkeypatch.setattr(_stages.Evaluation, "_write", written)
+        monkeypatch.setattr(_stages.Evaluation, "write", written)
 
 
 @pytest.mark.parametrize(("breaks", "portions"), [(set(), 1), ({0, 1}, 1), ({3}, 2), ({3, 7}, 3), ({5, 6, 7}, 1)])
