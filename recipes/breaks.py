@@ -198,7 +198,7 @@ def several(kind: type[defenses.Defense]) -> Callable[[], nn.Module]:
 
 
 def cascade() -> nn.Module:
-    """Trained on one step with a unified embedding, and on points of a net that was trained so before it: about two minutes."""
+    """Trained on one step with a unified embedding, and on points of a net that was trained so before it."""
     way = UnifiedEmbedding(FGSM())
     plan = Recipe(
         "cascade-before", FASHION, "small_cnn", way, 8, "linf:0.1", optimiser=Adam(lr=2e-3), warmup=2, holdout=0

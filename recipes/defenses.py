@@ -1,6 +1,6 @@
 """Every defense that is trained and every detector, on one architecture and the same images: who stands, and who falls.
 
-    python recipes/defenses.py                        # all rows, 1,000 images: about two hours on one core
+    python recipes/defenses.py                        # all rows, 1,000 images; not yet measured
     python recipes/defenses.py --only TRADES --n 200
 
 The net is small_cnn, trained on 10,000 images for eight epochs; detectors stand before the net trained naturally. Linf 0.1.

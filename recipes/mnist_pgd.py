@@ -2,8 +2,8 @@
 
     python recipes/mnist_pgd.py FOLDER            # MNIST's four files; trains into runs/mnist-pgd, then evaluates
 
-Forty epochs of Adam, each image replaced by where ten steps of PGD end; the radius grows over the first eight epochs, without which a
-net of this size stays at chance, and the average of the weights is what is kept. A run that was stopped goes on.
+Forty epochs of Adam, each image replaced by where ten steps of PGD end; the radius grows over the first eight epochs, and
+the average of the weights is what is kept. A run that was stopped goes on.
 
 Then 'standard' on the first 1,000 test images says what is left. Not yet measured.
 """
